@@ -1,0 +1,179 @@
+"""The `gptlab` command: which subcommands there are. Each imports what it needs when it runs, so that `gptlab --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptlab.config.errors import GptlabError
+
+app = typer.Typer(
+    name="gptlab",
+    help="Build, train and compare GPT-2-class language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+runs_app = typer.Typer(help="List, show and delete runs.", no_args_is_help=True)
+bench_app = typer.Typer(help="Time gptlab on this machine.", no_args_is_help=True)
+components_app = typer.Typer(help="List the components; check one of your own.", invoke_without_command=True)
+app.add_typer(runs_app, name="runs")
+app.add_typer(bench_app, name="bench")
+app.add_typer(components_app, name="components")
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A directory, an identity, a unique prefix, or `latest`.")]
+
+
+def _complete_overrides(context: typer.Context, incomplete: str) -> list[str]:
+    from gptlab.cli.completion import complete
+
+    return complete(incomplete)
+
+
+@app.callback()
+def options(
+    plugin: Annotated[list[Path] | None, typer.Option(help="A Python file that registers components of your own.", metavar="FILE")] = None,
+) -> None:
+    """Build, train and compare GPT-2-class language models."""
+    if plugin:
+        from gptlab.config.registry import add_plugin
+
+        for file in plugin:
+            add_plugin(file)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[OVERRIDE]…", help="Hydra overrides and options.", autocompletion=_complete_overrides)
+    ] = None,
+) -> None:
+    """Compose a config with Hydra overrides and train it; -m sweeps; --help lists everything."""
+    from gptlab.cli.train import train as run_train
+
+    raise typer.Exit(run_train(arguments or []))
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(help="The study to compare.")],
+    baseline: Annotated[str | None, typer.Option(help="The arm the others are compared with; the first, unless named.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="A markdown table.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Save the loss curves here.", metavar="FILE")] = None,
+) -> None:
+    """Compare the arms of a study: each against the baseline, on paired seeds."""
+    from gptlab.cli.show import compare as show
+
+    show(study, baseline=baseline, as_json=as_json, as_markdown=as_markdown, png=png)
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to make.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; 1: as the model believes.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 50,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let a trained run write."""
+    from gptlab.runner.load import load
+
+    made = load(run).sample(prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    print(prompt.lstrip("\n") + made)
+
+
+@components_app.callback()
+def components(
+    context: typer.Context,
+    slot: Annotated[str | None, typer.Option(help="This slot alone, such as model/norm.")] = None,
+) -> None:
+    """List each slot, its components, their options and defaults."""
+    if context.invoked_subcommand is None:
+        from gptlab.cli.show import components as show
+
+        show(slot)
+
+
+@components_app.command("check")
+def components_check(file: Annotated[Path, typer.Argument(help="A Python file that registers components.")]) -> None:
+    """Run the contract tests on the components a file registers."""
+    from gptlab.cli.show import check
+
+    raise typer.Exit(check(file))
+
+
+@runs_app.command("list")
+def runs_list(study: Annotated[str | None, typer.Argument(help="This study alone.")] = None) -> None:
+    """List runs: state, progress, held-out loss."""
+    from gptlab.cli.show import list_runs
+
+    list_runs(study)
+
+
+@runs_app.command("show")
+def runs_show(run: RunArgument) -> None:
+    """Show a run: its config, where and how it was made, and its last metrics."""
+    from gptlab.cli.show import show_run
+
+    show_run(run)
+
+
+@runs_app.command("rm")
+def runs_rm(run: RunArgument, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
+    """Delete a run."""
+    from gptlab.cli.show import remove
+
+    remove(run, yes=yes)
+
+
+@bench_app.command("train")
+def bench_train(
+    against: Annotated[Path | None, typer.Option(help="A nanoGPT checkout to time in turn.", metavar="FOLDER")] = None,
+    model: Annotated[str, typer.Option(help="The recipe to time: nano or char for a nanoGPT setting.")] = "nano",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Time our training step, and that of a nanoGPT checkout in the same run."""
+    from gptlab.cli.bench import train as bench
+
+    bench(against, model=model, rounds=rounds, as_json=as_json)
+
+
+def main() -> None:
+    """Run the command; a user's error is one sentence and the right exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except GptlabError as error:
+        if str(error):
+            print(f"gptlab: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except typer.Abort:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("gptlab: interrupted before a step could be saved", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if isinstance(error, OSError):
+            print(f"gptlab: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(74)
+        raise
+    sys.exit(code or 0)
+
+

@@ -1,0 +1,191 @@
+"""`gptlab train`: hand the arguments to Hydra, train what it composes, and compare what a sweep made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from gptlab.config import compose
+from gptlab.config.errors import GptlabError, Stopped
+from gptlab.runner.run import Run, runs_root
+from gptlab.runner.train import Outcome
+from gptlab.runner.train import train as train_run
+from gptlab.tracker.console import complain, console, say
+
+RERUN, LAUNCH = "GPTLAB_RERUN", "GPTLAB_LAUNCH"
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Run `gptlab train ARGUMENTS`; returns the exit code. Raises GptlabError for a single run that failed."""
+    own, passed = _own_options(arguments)
+    compose.check_overrides(a for a in passed if not a.startswith("-"))
+    with contextlib.ExitStack() as stack:
+        if "--scratch" in own:
+            passed.append("tracker=none")
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptlab-"))
+            stack.enter_context(_environment("GPTLAB_RUNS", scratch))
+            say(f"[dim]scratch runs in {scratch}, deleted at the end[/]")
+        if "--rerun" in own:
+            stack.enter_context(_environment(RERUN, "1"))
+        compose.prepare()
+        outcomes = stack.enter_context(_launch_folder())
+        _run_hydra(passed)
+        results = _read(outcomes)
+        if not results:  # --help, --cfg, --info
+            return 0
+        if len(results) == 1 and not results[0]["sweep"]:
+            return 0
+        return _after_sweep(results)
+
+
+def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:
+    ours = {"--scratch", "--rerun"}
+    return {a for a in arguments if a in ours}, [a for a in arguments if a not in ours]
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable that workers of a sweep inherit."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _launch_folder() -> Iterator[Path]:
+    """A folder for Hydra's own notes and the outcomes that the tasks of this launch append; gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="gptlab-launch-"))
+    try:
+        with _environment(LAUNCH, str(folder)):
+            yield folder / "outcomes.jsonl"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_hydra(arguments: list[str]) -> None:
+    application = hydra.main(config_path=str(compose.config_dir()), config_name="config", version_base="1.3")(task)
+    before, sys.argv = sys.argv, ["gptlab train", *arguments]
+    try:
+        application()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise compose.explain(error) from error
+    except SystemExit as leave:
+        # argparse has said what is wrong with an option; --help ends with 0
+        if leave.code not in (0, None):
+            raise GptlabSystemExit(int(leave.code) if isinstance(leave.code, int) else 2) from None
+    finally:
+        sys.argv = before
+
+
+class GptlabSystemExit(GptlabError):
+    """An exit whose message is already on the terminal."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("")
+        self.code = code
+
+
+def task(composed: DictConfig) -> None:
+    """One job of Hydra's. In a sweep a failure is recorded and the sweep goes on; a signal ends it."""
+    compose.prepare()
+    job = HydraConfig.get()
+    sweep = job.mode == RunMode.MULTIRUN
+    overrides = list(job.overrides.task)
+    number = int(job.job.num) if sweep else -1
+    title = compose.name_of(overrides) or "base"
+    state: dict[str, Any] = {"sweep": sweep, "job": number, "title": title, "study": str(composed.study)}
+    try:
+        config = compose.to_config(composed, overrides)
+        title = config.name or title
+        outcome = train_run(
+            config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number
+        )
+    except Stopped as error:
+        _note(state | {"state": "stopped", "code": error.code, "message": str(error)})
+        raise
+    except GptlabError as error:
+        if not sweep:
+            raise
+        _note(state | {"state": "failed", "code": error.code, "message": str(error)})
+        say(f"[red]✗[/] {title}  {error}")
+        return
+    _note(state | _plain(outcome))
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    directory = str(outcome.run.directory.resolve()) if outcome.run else ""
+    return {"state": outcome.state, "code": outcome.code, "message": outcome.message, "directory": directory}
+
+
+def _note(result: dict[str, Any]) -> None:
+    folder = os.environ.get(LAUNCH)
+    if folder:
+        with (Path(folder) / "outcomes.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted(found, key=lambda r: int(r["job"]))
+
+
+def _after_sweep(results: list[dict[str, Any]]) -> int:
+    """Say what the sweep did, compare its arms, draw them, and let the best speak. Returns the exit code."""
+    from gptlab.study.compare import compare
+    from gptlab.study.report import draw_curves, remarks, table
+
+    failed = [r for r in results if r["state"] == "failed"]
+    skipped = sum(r["state"] == "skipped" for r in results)
+    study = results[0]["study"]
+    say(f"\n{len(results)} runs: {sum(r['state'] == 'done' for r in results)} trained, {skipped} skipped, {len(failed)} failed")
+    if len(failed) < len(results):
+        comparison = compare(study)
+        console.print(table(comparison))
+        for remark in remarks(comparison):
+            say(f"[dim]  {remark}[/]")
+        picture = draw_curves(study, runs_root() / study / "curves.png")
+        say(f"\nloss curves: {picture}")
+        _speak(study, min(comparison.rows, key=lambda r: r.loss.mean).label)
+    for result in failed:
+        complain(f"failed: {result['title']}: {result['message']} (exit {result['code']})")
+    return 1 if failed else 0
+
+
+def _speak(study: str, label: str) -> None:
+    from gptlab.study.compare import collect
+
+    arm = next(a for a in collect(study)[0] if a.label == label)
+    seed = min(arm.runs)
+    samples = sorted((arm.runs[seed].directory / "samples").glob("*.txt"))
+    if samples:
+        say(f"\na sample of the best arm ({label}, seed {seed}), from gptlab sample {arm.runs[seed].identity}:\n")
+        console.print(samples[-1].read_text(encoding="utf-8").strip("\n"), markup=False, highlight=False)
+
+
+def single(run: Run) -> str:
+    """The line that ends a single run: how to go on from here."""
+    return f"{run.directory}: gptlab sample {run.identity}"
+
+

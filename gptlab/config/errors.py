@@ -1,0 +1,45 @@
+"""Errors a user can cause: each is one sentence, and each class carries its process exit code."""
+
+from __future__ import annotations
+
+
+class GptlabError(Exception):
+    """A failure with a sentence for the user. Exit code 1 unless a subclass says otherwise."""
+
+    code: int = 1
+
+
+class ConfigError(GptlabError):
+    """A setting, option or argument is wrong."""
+
+    code = 2
+
+
+class DataError(GptlabError):
+    """A corpus, shard or manifest is missing, damaged or does not match."""
+
+    code = 3
+
+
+class DivergedError(GptlabError):
+    """The loss or the gradient is no longer finite."""
+
+    code = 4
+
+
+class CheckpointError(GptlabError):
+    """No usable checkpoint."""
+
+    code = 5
+
+
+class IOFailure(GptlabError):
+    """The disk or the network failed."""
+
+    code = 74
+
+
+class Stopped(GptlabError):
+    """A signal ended the run after it had saved a checkpoint."""
+
+    code = 75

@@ -1,0 +1,151 @@
+"""`resolve`: the only place where an `auto` becomes a value. A pure function of the config, the machine and the data."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.schema import Config, HardwareConfig, ModelConfig
+
+_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_BUDGET = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBGT]?)\s*(steps?|tokens?|epochs?|min|flops|x)\s*$")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+# Below this width a model's CPU step is dominated by overhead, and bf16's conversions cost what its products gain (measured:
+# width 128 no faster, width 384 1.7 times).
+BF16_WIDTH_ON_CPU = 256
+DEFAULT_SEQUENCES = 12  # batch_tokens=auto
+CPU_MICRO_TOKENS, GPU_MICRO_TOKENS = 16_384, 65_536  # tokens of one forward pass with micro_batch=auto
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `resolve` needs to know of the machine."""
+
+    devices: tuple[str, ...]  # types present, best first: ("cuda", "cpu")
+    cpu_bf16: bool = False  # bf16 matrix instructions
+    gpu_bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a run trains: `amount` of `unit` (steps, tokens, epochs, min, flops or x)."""
+
+    amount: float
+    unit: str
+
+    def steps(self, *, batch_tokens: int, epoch_tokens: int, parameters: int, flops_per_token: float) -> int | None:
+        """Whole steps, rounded up; None where only the clock decides."""
+        if self.unit == "min":
+            return None
+        if self.unit == "steps":
+            return int(self.amount)
+        tokens = {
+            "tokens": self.amount,
+            "epochs": self.amount * epoch_tokens,
+            "flops": self.amount / flops_per_token,
+            "x": self.amount * parameters,
+        }[self.unit]
+        return max(1, math.ceil(tokens / batch_tokens - 1e-9))
+
+
+def parse_budget(text: str) -> Budget:
+    """Read `2000steps`, `50Mtokens`, `3epochs`, `10min`, `1e17flops` or `20x`. Raises ConfigError."""
+    match = _BUDGET.match(str(text))
+    if match is None:
+        raise ConfigError(
+            f"trainer.budget={text} needs an amount and a unit: 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops or 20x"
+        )
+    amount = float(match[1]) * _UNITS[match[2]]
+    unit = match[3] if match[3] in ("min", "flops", "x") else match[3].rstrip("s") + "s"
+    if amount <= 0 or (unit == "steps" and amount != int(amount)):
+        raise ConfigError(f"trainer.budget={text} must be a positive{' whole' if unit == 'steps' else ''} number of {unit}")
+    return Budget(amount, unit)
+
+
+def resolve(config: Config, machine: Machine) -> Config:
+    """The complete, final config. Raises ConfigError for what this machine cannot do and for values out of range."""
+    _check(config)
+    hardware = _resolve_hardware(config.hardware, config.model, machine)
+    context = config.model.context_length
+    batch = config.trainer.batch_tokens
+    if batch == "auto":
+        batch = DEFAULT_SEQUENCES * context
+    batch = _whole("trainer.batch_tokens", batch)
+    if batch % context:
+        raise ConfigError(
+            f"trainer.batch_tokens={batch} is not a multiple of model.context_length={context}; "
+            f"try {max(1, round(batch / context)) * context}"
+        )
+    micro = hardware.micro_batch
+    if micro == "auto":
+        limit = CPU_MICRO_TOKENS if hardware.device == "cpu" else GPU_MICRO_TOKENS
+        micro = _largest_divisor(batch // context, max(1, limit // context))
+    micro = _whole("hardware.micro_batch", micro)
+    if (batch // context) % micro:
+        raise ConfigError(f"hardware.micro_batch={micro} does not divide the {batch // context} sequences of a batch")
+    seeds = replace(
+        config.seeds,
+        **{n: config.seed for n in ("init", "data", "dropout") if getattr(config.seeds, n) is None},
+    )
+    return replace(
+        config,
+        hardware=replace(hardware, micro_batch=micro),
+        trainer=replace(config.trainer, batch_tokens=batch),
+        seeds=seeds,
+    )
+
+
+def _check(config: Config) -> None:
+    parse_budget(config.trainer.budget)
+    model = config.model
+    for name in ("width", "heads", "context_length", "pad_vocab_to"):
+        if getattr(model, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 1")
+    if model.depth < 0:
+        raise ConfigError(f"model.depth={model.depth} must be at least 0")
+    if not 0 <= model.dropout < 1:
+        raise ConfigError(f"model.dropout={model.dropout} must be in [0, 1)")
+    if not 0 < config.data.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={config.data.validation_fraction} must be between 0 and 1")
+    if config.data.validation_tokens < 0:
+        raise ConfigError(f"data.validation_tokens={config.data.validation_tokens} must be at least 0 (0: all)")
+    if config.trainer.log_every < 1:
+        raise ConfigError(f"trainer.log_every={config.trainer.log_every} must be at least 1")
+    if config.trainer.gradient_clip < 0:
+        raise ConfigError(f"trainer.gradient_clip={config.trainer.gradient_clip} must be at least 0 (0: off)")
+    for key, value in (("study", config.study), ("name", config.name)):
+        if value in (".", "..") or any(c in value for c in "/\\\0\n") or (key == "study" and not value):
+            raise ConfigError(f"{key}={value!r} is the name of a folder: it cannot be empty or hold a slash")
+
+
+def _resolve_hardware(hardware: HardwareConfig, model: ModelConfig, machine: Machine) -> HardwareConfig:
+    device = machine.devices[0] if hardware.device == "auto" else hardware.device
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"hardware.device={device} is not one of auto, cpu, cuda, cuda:N, mps")
+    if kind not in machine.devices:
+        raise ConfigError(f"hardware.device={device}: this machine has {', '.join(machine.devices)}")
+    precision = hardware.precision
+    if precision not in PRECISIONS:
+        raise ConfigError(f"hardware.precision={precision} is not one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        if kind == "cpu":
+            precision = "bf16" if machine.cpu_bf16 and model.width >= BF16_WIDTH_ON_CPU else "fp32"
+        else:
+            precision = "bf16" if kind == "cuda" and machine.gpu_bf16 else "fp32"
+    if precision == "fp16" and kind == "cpu":
+        raise ConfigError("hardware.precision=fp16 needs a GPU; on the CPU use bf16 or fp32")
+    return replace(hardware, device=device, precision=precision)
+
+
+def _whole(key: str, value: int | str) -> int:
+    if isinstance(value, str) or value < 1:
+        raise ConfigError(f"{key}={value} must be auto or a whole number of at least 1")
+    return value
+
+
+def _largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most `limit`."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)

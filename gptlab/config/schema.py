@@ -1,0 +1,134 @@
+"""The typed config: one tree of dataclasses that Hydra fills, `resolve` completes and a run's identity hashes.
+
+Values live here only where every recipe agrees; recipes (conf/) hold the rest. Slots are annotated with their base class, so
+Hydra refuses an option that belongs elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from gptlab.config.slots import (
+    Attention,
+    Block,
+    Callback,
+    Corpus,
+    FeedForward,
+    Head,
+    Init,
+    Kernel,
+    Norm,
+    Objective,
+    Optimizer,
+    Position,
+    Schedule,
+    Strategy,
+    Tokenizer,
+    Tracker,
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelConfig:
+    """The architecture: sizes, and a component for each slot."""
+
+    width: int = MISSING
+    depth: int = MISSING
+    heads: int = MISSING
+    context_length: int = MISSING
+    bias: bool = True
+    dropout: float = 0.0
+    pad_vocab_to: int = 1  # the embedding's rows are padded to a multiple of this
+    norm: Norm = MISSING
+    position: Position = MISSING
+    attention: Attention = MISSING
+    kernel: Kernel = MISSING
+    ffn: FeedForward = MISSING
+    block: Block = MISSING
+    head: Head = MISSING
+    init: Init = MISSING
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """The text, its tokeniser, and what is held out."""
+
+    corpus: Corpus = MISSING
+    tokenizer: Tokenizer = MISSING
+    validation_fraction: float = 0.1  # the last share of the characters
+    validation: dict[str, str] = field(default_factory=dict)  # further validation sets: name -> text file
+    validation_tokens: int = 0  # tokens measured of each set, in windows spread evenly; 0: all of it
+
+
+@dataclass(slots=True, kw_only=True)
+class HardwareConfig:
+    """Where and in which number format the work is done."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: str = "auto"  # auto, fp32, bf16, fp16
+    compile: bool = False
+    deterministic: bool = False
+    threads: int = 0  # CPU threads; 0: as torch finds them
+    micro_batch: int | str = "auto"  # sequences a forward pass holds
+    strategy: Strategy = MISSING
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainerConfig:
+    """How long, in which batches, and how often it is written down."""
+
+    budget: str = "2000steps"  # 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops, 20x (tokens per parameter)
+    batch_tokens: int | str = "auto"  # tokens of one update
+    gradient_clip: float = 1.0  # largest gradient norm; 0: off
+    log_every: int = 10  # steps between lines of metrics.jsonl
+
+
+@dataclass(slots=True, kw_only=True)
+class SeedsConfig:
+    """One seed per source of chance; each defaults to `seed`."""
+
+    init: int | None = None
+    data: int | None = None
+    dropout: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    optimizer: Optimizer = MISSING
+    schedule: Schedule = MISSING
+    objective: Objective = MISSING
+    tracker: Tracker = MISSING
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    callbacks: dict[str, Callback] = field(default_factory=dict)
+    seed: int = 0
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    study: str = "default"  # the folder of runs that are compared
+    name: str = ""  # what differs from the base; empty: from the command line
+
+
+# What cannot change a run's numbers (beyond rounding), and so is no part of its identity.
+NOT_IDENTITY: tuple[str, ...] = (
+    "hardware.device",
+    "hardware.strategy",
+    "hardware.threads",
+    "hardware.micro_batch",
+    "data.corpus",  # stands in the data's manifest hash, by content
+    "data.tokenizer",
+    "data.validation_fraction",
+    "data.validation",
+    "tracker",
+    "trainer.log_every",
+    "study",
+    "name",
+    "seed",  # resolved into seeds
+)
+
+Json = Any  # what json.loads gives

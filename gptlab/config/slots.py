@@ -1,0 +1,131 @@
+"""The slots: every place of the config that takes one of several components.
+
+Each slot has a base dataclass (its components' option classes derive from it, so that Hydra can type-check the place) and the
+names of the wiring that its builder supplies as positional arguments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Base of every component's options."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Norm(Options):
+    """Normalisation of the residual stream."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Position(Options):
+    """How the model learns where a token stands."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Attention(Options):
+    """How a token gathers from the tokens before it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Kernel(Options):
+    """The implementation of softmax(q·k)·v."""
+
+
+@dataclass(slots=True, kw_only=True)
+class FeedForward(Options):
+    """The per-token part of a block."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Block(Options):
+    """How norm, attention and feed-forward are joined to the residual stream."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Head(Options):
+    """From the last features to logits."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Init(Options):
+    """The distribution each parameter is drawn from."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Corpus(Options):
+    """Where the text comes from."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Tokenizer(Options):
+    """From text to token ids and back."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Strategy(Options):
+    """How the work is spread over devices."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Optimizer(Options):
+    """The update rule."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Schedule(Options):
+    """The learning rate over the run, as a factor of `learning_rate`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Objective(Options):
+    """What is minimised."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Tracker(Options):
+    """Where metrics go beside `metrics.jsonl`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Callback(Options):
+    """What happens around the training steps."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place of the config: its Hydra group, the base of its options, and what its builder supplies."""
+
+    path: str
+    base: type[Options]
+    wiring: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        return (self.base.__doc__ or "").strip()
+
+
+_HEADS = ("width", "heads", "head_width")
+SLOTS: dict[str, Slot] = {
+    slot.path: slot
+    for slot in (
+        Slot("model/norm", Norm, ("width", "bias")),
+        Slot("model/position", Position, (*_HEADS, "context_length")),
+        Slot("model/attention", Attention, (*_HEADS, "kernel", "bias", "dropout", "layer", "depth")),
+        Slot("model/kernel", Kernel, ()),
+        Slot("model/ffn", FeedForward, ("width", "bias", "dropout", "layer", "depth")),
+        Slot("model/block", Block, ("norm", "attention", "ffn", "layer", "depth")),
+        Slot("model/head", Head, ("width", "vocabulary", "embedding")),
+        Slot("model/init", Init, ("width", "depth")),
+        Slot("data/corpus", Corpus, ()),
+        Slot("data/tokenizer", Tokenizer, ()),
+        Slot("hardware/strategy", Strategy, ()),
+        Slot("optimizer", Optimizer, ("groups", "device")),
+        Slot("schedule", Schedule, ()),
+        Slot("objective", Objective, ()),
+        Slot("tracker", Tracker, ()),
+        Slot("callback", Callback, ()),
+    )
+}

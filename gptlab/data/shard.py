@@ -1,0 +1,353 @@
+"""Shards: text tokenised once into memory-mapped little-endian arrays, with a manifest that says what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptlab.config import codec
+from gptlab.config.errors import ConfigError, DataError, IOFailure
+from gptlab.config.registry import build
+from gptlab.config.schema import DataConfig
+from gptlab.data.corpus import Corpus, Piece, home, read_text, text_files
+from gptlab.data.tokenizer import Tokenizer, digest, from_json, to_json
+
+FORMAT = 1
+SHARD_TOKENS = 100_000_000
+UNIT = 1 << 20  # characters encoded at once
+# Where a text may be cut without changing its tokens: before a space between letters, after a newline between a visible
+# character and a letter. Holds for the patterns of gpt2, cl100k and o200k, and a test checks it.
+_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
+Report = Callable[[int, int], None]  # characters done, characters in all
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared data: its folder, its manifest, its tokeniser."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest: the data's part in a run's identity."""
+        return manifest_hash(self.manifest)
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The held-out sets: `val`, then those of data.validation."""
+        return [name for name in self.manifest["splits"] if name != "train"]
+
+    def stream(self, split: str) -> TokenStream:
+        """The tokens of a split. Raises DataError when a shard is missing or altered."""
+        return TokenStream(self.folder, self.manifest, split)
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's canonical JSON."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+class TokenStream:
+    """The tokens of a split as one long array over its shards."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
+        dtype = np.dtype(manifest["dtype"])
+        self._arrays: list[npt.NDArray[Any]] = []
+        for shard in manifest["splits"][split]["shards"]:
+            file = folder / shard["file"]
+            _verify(file, shard, dtype)
+            self._arrays.append(np.memmap(file, dtype, "r") if shard["tokens"] else np.zeros(0, dtype))
+        self._starts = np.cumsum([0, *(len(a) for a in self._arrays)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """`length` tokens from `start`, across shards where need be."""
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts: list[npt.NDArray[Any]] = []
+        while length > 0:
+            array, offset = self._arrays[first], start - int(self._starts[first])
+            part = array[offset : offset + length]
+            parts.append(part)
+            start, length, first = start + len(part), length - len(part), first + 1
+        return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
+
+
+def _verify(file: Path, shard: dict[str, Any], dtype: np.dtype[Any]) -> None:
+    if not file.is_file():
+        raise DataError(f"{file} is missing; delete {file.parent} and run again to prepare the data anew")
+    expected = shard["tokens"] * dtype.itemsize
+    if file.stat().st_size != expected:
+        raise DataError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected}; delete {file.parent} and run again")
+    found = file_hash(file)
+    if found != shard["sha256"]:
+        raise DataError(f"{file} has sha256 {found[:12]}…, its manifest says {shard['sha256'][:12]}…; delete {file.parent} and run again")
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def prepare(config: DataConfig, *, report: Report | None = None, threads: int | None = None) -> Prepared:
+    """The prepared data of a config: found in $GPTLAB_HOME, or made now.
+
+    Raises ConfigError, DataError or IOFailure; a half-made folder is never left behind.
+    """
+    corpus: Corpus = build(config.corpus)
+    extra = {name: _validation_files(name, path) for name, path in config.validation.items()}
+    key_of = {
+        "format": FORMAT,
+        "corpus": corpus.name,
+        "fingerprint": corpus.fingerprint(),
+        "tokenizer": codec.encode(config.tokenizer),
+        "validation_fraction": config.validation_fraction,
+        "validation": {name: [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in fs] for name, fs in extra.items()},
+    }
+    key = hashlib.sha256(json.dumps(key_of, sort_keys=True).encode()).hexdigest()[:16]
+    folder = home() / "data" / f"{corpus.name}-{key}"
+    if (folder / "manifest.json").is_file():
+        return open_prepared(folder)
+    tokenizer: Tokenizer = build(config.tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(temporary, corpus, tokenizer, config.validation_fraction, extra, report, threads or os.cpu_count() or 1)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process made the same folder first: theirs is as good
+            if not (folder / "manifest.json").is_file():
+                raise
+    except OSError as error:
+        raise IOFailure(f"{folder}: could not be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_prepared(folder)
+
+
+def _validation_files(name: str, path: str) -> list[Path]:
+    if name in ("train", "val") or "/" in name:
+        raise ConfigError(f"data.validation.{name}: choose another name; train and val are taken, and it cannot hold a slash")
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(f"data.validation.{name}={path}: there is no such file or folder")
+    return text_files(found)
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Open a prepared folder. Raises DataError when its manifest or tokeniser does not match."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), str(folder / "tokenizer.json"))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: its manifest or tokeniser cannot be read ({error}); delete the folder and run again") from error
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{file}: format {manifest.get('format')!r}; this gptlab reads format {FORMAT}")
+    if manifest["tokenizer"]["sha256"] != digest(tokenizer):
+        raise DataError(f"{folder}: tokenizer.json is not the tokeniser of the manifest; delete the folder and run again")
+    return Prepared(folder, manifest, tokenizer)
+
+
+def _write(
+    folder: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    fraction: float,
+    extra: dict[str, list[Path]],
+    report: Report | None,
+    threads: int,
+) -> None:
+    total = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal total
+        for text, _ in corpus.pieces():
+            total += len(text)
+            yield text
+        for files in extra.values():
+            yield from (text for file in files for text, _ in read_text(file))
+        yield tokenizer.separator
+
+    for_fitting = counted()
+    tokenizer.fit(for_fitting)
+    for _ in for_fitting:  # a tokeniser that has nothing to learn did not read it
+        pass
+    if total == 0:
+        raise DataError(f"data/corpus={corpus.name} holds no text")
+    dtype = np.dtype("<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4")
+    border = int(total * (1 - fraction))
+    done = 0
+
+    def tell(characters: int) -> None:
+        nonlocal done
+        done += characters
+        if report:
+            report(done, total)
+
+    with ThreadPoolExecutor(threads) as pool:
+        splits = {
+            "train": _write_split(folder, "train", _between(corpus.pieces(), 0, border), tokenizer, dtype, pool, threads, tell),
+            "val": _write_split(folder, "val", _between(corpus.pieces(), border, total), tokenizer, dtype, pool, threads, tell),
+        }
+        for name, files in extra.items():
+            pieces = (piece for file in files for piece in read_text(file))
+            splits[name] = _write_split(folder, name, pieces, tokenizer, dtype, pool, threads, tell)
+    _refuse_overlap(splits)
+    manifest = {
+        "format": FORMAT,
+        "corpus": corpus.name,
+        "tokenizer": {"name": tokenizer.name, "vocabulary": tokenizer.vocabulary, "sha256": digest(tokenizer)},
+        "dtype": dtype.str,
+        "between_documents": "text" if tokenizer.end_of_text is None else "end_of_text",
+        "splits": splits,
+    }
+    for name, content in (("tokenizer.json", to_json(tokenizer)), ("manifest.json", manifest)):
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _refuse_overlap(splits: dict[str, Any]) -> None:
+    seen: dict[str, str] = {}
+    for name, split in splits.items():
+        for shard in split["shards"]:
+            other = seen.setdefault(shard["sha256"], name)
+            if other != name:
+                raise DataError(f"the sets {other} and {name} hold the same tokens; a validation set must be text that is not trained on")
+
+
+def _between(pieces: Iterable[Piece], start: int, end: int) -> Iterator[Piece]:
+    """The part of a text from one character to another; a document over the border is cut there."""
+    at = 0
+    for text, last in pieces:
+        low, high = max(start - at, 0), min(end - at, len(text))
+        if low < high:
+            yield text[low:high], last or high < len(text)
+        at += len(text)
+        if at >= end:
+            return
+
+
+def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Work for one thread: about UNIT characters, cut where tokens cannot change."""
+    unit: list[Piece] = []
+    size = 0
+    held = ""
+    for text, last in pieces:
+        held += text
+        if last:
+            unit.append((held, True))
+            size, held = size + len(held), ""
+            if size >= UNIT:
+                yield unit
+                unit, size = [], 0
+        elif len(held) >= UNIT:
+            # Search backwards in growing stretches; a text with no safe place at all is cut where it stands.
+            cut = next((c for back in (1 << 10, 1 << 14, UNIT) if (c := _last_cut(held, len(held) - back))), len(held))
+            yield [*unit, (held[:cut], False)]
+            unit, size, held = [], 0, held[cut:]
+    if unit:
+        yield unit
+
+
+def _last_cut(text: str, start: int) -> int:
+    found = 0
+    for match in _CUT.finditer(text, max(start, 1), len(text) - 1):
+        found = match.start()
+    return found
+
+
+def _write_split(
+    folder: Path,
+    split: str,
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    dtype: np.dtype[Any],
+    pool: ThreadPoolExecutor,
+    threads: int,
+    tell: Callable[[int], None],
+) -> dict[str, Any]:
+    counts = {"tokens": 0, "bytes": 0, "characters": 0, "documents": 0}
+    shards: list[dict[str, Any]] = []
+    between = [tokenizer.end_of_text] if tokenizer.end_of_text is not None else tokenizer.encode(tokenizer.separator).tolist()
+    separator = np.array(between, np.uint32)
+
+    def encode(unit: list[Piece]) -> tuple[npt.NDArray[Any], int, int, int]:
+        parts: list[npt.NDArray[Any]] = []
+        for text, last in unit:
+            parts += [tokenizer.encode(text), separator] if last else [tokenizer.encode(text)]
+        ids = np.concatenate(parts)
+        if len(ids) and int(ids.max()) >= 1 << (8 * dtype.itemsize):
+            raise DataError(f"token id {int(ids.max())} does not fit {dtype}")
+        size = sum(len(text.encode("utf-8")) for text, _ in unit)
+        return ids.astype(dtype), size, sum(len(text) for text, _ in unit), sum(last for _, last in unit)
+
+    def encoded() -> Iterator[tuple[npt.NDArray[Any], int, int, int]]:
+        waiting: deque[Future[tuple[npt.NDArray[Any], int, int, int]]] = deque()
+        for unit in _units(pieces):
+            waiting.append(pool.submit(encode, unit))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    held: npt.NDArray[Any] | None = None  # one unit behind, so that the last separator can be dropped
+    writer = _ShardWriter(folder, split, dtype, shards)
+    for ids, size, characters, documents in encoded():
+        for name, amount in (("bytes", size), ("characters", characters), ("documents", documents)):
+            counts[name] += amount
+        tell(characters)
+        if held is not None:
+            writer.write(held)
+        held = ids
+    if held is not None:
+        writer.write(held[: len(held) - len(separator)])
+    writer.close()
+    counts["tokens"] = sum(s["tokens"] for s in shards)
+    return {**counts, "shards": shards}
+
+
+class _ShardWriter:
+    """Appends tokens to shard after shard, hashing as it goes."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shards: list[dict[str, Any]]) -> None:
+        self.folder, self.split, self.dtype, self.shards = folder, split, dtype, shards
+        self._open()
+
+    def _open(self) -> None:
+        self.name = f"{self.split}-{len(self.shards):05d}.bin"
+        self.file = (self.folder / self.name).open("wb")
+        self.hash, self.tokens = hashlib.sha256(), 0
+
+    def write(self, ids: npt.NDArray[Any]) -> None:
+        while len(ids):
+            part, ids = ids[: SHARD_TOKENS - self.tokens], ids[SHARD_TOKENS - self.tokens :]
+            data = part.tobytes()
+            self.file.write(data)
+            self.hash.update(data)
+            self.tokens += len(part)
+            if self.tokens == SHARD_TOKENS:
+                self.close()
+                self._open()
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.shards.append({"file": self.name, "tokens": self.tokens, "sha256": self.hash.hexdigest()})

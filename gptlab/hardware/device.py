@@ -1,0 +1,86 @@
+"""The machine: which devices it has, and what they can do."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.resolve import Machine
+from gptlab.config.schema import HardwareConfig
+
+# Dense bf16 peak, FLOP/s, by a word of the device's name; from the vendors' data sheets. FP8 is never mixed in.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def machine() -> Machine:
+    """What this machine offers, best device first."""
+    devices = []
+    gpu_bf16 = False
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return Machine(devices=(*devices, "cpu"), cpu_bf16=_cpu_bf16(), gpu_bf16=gpu_bf16)
+
+
+def _cpu_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a known GPU, in FLOP/s; None for anything else."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
+
+
+def set_up(config: HardwareConfig) -> torch.device:
+    """The device of a resolved config, with threads and determinism set for this process. Raises ConfigError if it is not there."""
+    if config.threads < 0:
+        raise ConfigError(f"hardware.threads={config.threads} must be at least 0 (0: as torch finds them)")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"hardware.device={config.device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(config.deterministic)
+    return device
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device's queue, so that a clock read after it means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The hardware, for a run's environment.json."""
+    found: dict[str, Any] = {"device": str(device), "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return found
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory held so far, in bytes: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(size if sys.platform == "darwin" else size * 1024)

@@ -1,0 +1,140 @@
+"""Attention: how a token gathers from the tokens before it. (b, t, d) -> (b, t, d)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import register
+from gptlab.model.context import Context
+from gptlab.model.kernel import Kernel
+from gptlab.model.linear import FusedLinear, OutputLinear
+from gptlab.model.mask import causal, window as window_mask, within_documents
+
+
+@register("model/attention", "multihead")
+class MultiHead(nn.Module):
+    """Multi-head attention (Vaswani et al., 2017), with grouped keys and values, a sliding window and QK-norm at choice.
+
+            ┌ q (h heads) ─ norm ─ rotate ┐
+        x ──┼ k (g heads) ─ norm ─ rotate ┼─ softmax(q·k)·v ─ out ──
+            └ v (g heads) ────────────────┘
+
+    Raises ConfigError when the heads do not divide the width, or kv_heads the heads.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_width: int,
+        kernel: Kernel,
+        bias: bool,
+        dropout: float,
+        layer: int,
+        *,
+        kv_heads: int | None = None,
+        window: int | None = None,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ConfigError(f"model.attention.kv_heads={kv_heads} must divide model.heads={heads}")
+        if window is not None and window < 1:
+            raise ConfigError(f"model.attention.window={window} must be at least 1")
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
+        self.layer, self.qk_norm, self.dropout = layer, qk_norm, dropout
+        self.mask = causal if window is None else window_mask(window)
+        # Normalised q and k have length sqrt(k), so the same scale holds scores within ±sqrt(k).
+        self.scale = head_width**-0.5
+        sizes = {"q": heads * head_width, "k": kv_heads * head_width, "v": kv_heads * head_width}
+        self.sizes = list(sizes.values())
+        self.qkv = FusedLinear(width, sizes, bias=bias)
+        self.out = OutputLinear(heads * head_width, width, bias=bias)
+        self.kernel = kernel
+        self.q, self.k, self.v, self.z = nn.Identity(), nn.Identity(), nn.Identity(), nn.Identity()  # taps
+        if kernel.materialises_pattern:
+            self.scores, self.pattern = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).split(self.sizes, -1)
+        q = q.view(b, t, self.heads, self.head_width).transpose(1, 2)
+        k = k.view(b, t, self.kv_heads, self.head_width).transpose(1, 2)
+        v = v.view(b, t, self.kv_heads, self.head_width).transpose(1, 2)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_width,), eps=1e-6), F.rms_norm(k, (self.head_width,), eps=1e-6)
+        q, k = context.position.rotate(q, k, context.positions)
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        k_order = context.order
+        mask = self.mask if context.document is None else within_documents(self.mask, context.document)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
+            k_order = torch.arange(k.shape[2], device=x.device)[None]
+        z = self.kernel(
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=context.position.bias,
+            q_positions=context.order,
+            k_positions=k_order,
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+            taps=(self.scores, self.pattern) if self.kernel.materialises_pattern else None,
+        )
+        z = self.z(z.transpose(1, 2).reshape(b, t, self.heads * self.head_width))
+        return F.dropout(self.out(z), self.dropout, self.training)
+
+
+@register("model/attention", "average")
+class Average(nn.Module):
+    """The plain mean of the values so far: what attention is before it learns whom to ask."""
+
+    def __init__(
+        self, width: int, bias: bool, layer: int, *, form: Literal["loop", "matmul", "softmax"] = "matmul"
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.kv_heads, self.head_width = 1, width  # what a cache must hold
+        self.value = nn.Linear(width, width, bias=bias)
+        self.out = OutputLinear(width, width, bias=bias)
+        self.mean = {"loop": mean_by_loop, "matmul": mean_by_matmul, "softmax": mean_by_softmax}[form]
+        self.z = nn.Identity()  # tap
+
+    def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
+        value: Tensor = self.value(x)
+        order, k_order = context.order, context.order
+        if context.cache is not None:
+            stored = value[:, None]
+            value = context.cache.update(self.layer, stored, stored)[1][:, 0]
+            k_order = torch.arange(value.shape[1], device=x.device)[None]
+        allowed = order[:, :, None] >= k_order[:, None, :]
+        if context.document is not None:
+            allowed = allowed & (context.document[:, :, None] == context.document[:, None, :])
+        out: Tensor = self.out(self.z(self.mean(value, allowed.expand(x.shape[0], -1, -1))))
+        return out
+
+
+def mean_by_loop(value: Float[Tensor, "b s d"], allowed: Int[Tensor, "b t s"]) -> Float[Tensor, "b t d"]:
+    """One row and one query at a time: the definition."""
+    rows = [torch.stack([v[seen].mean(0) for seen in row]) for v, row in zip(value, allowed, strict=True)]
+    return torch.stack(rows)
+
+
+def mean_by_matmul(value: Float[Tensor, "b s d"], allowed: Int[Tensor, "b t s"]) -> Float[Tensor, "b t d"]:
+    """A product with a triangle of ones whose rows are divided by their sums."""
+    weight = allowed.to(value.dtype)
+    return (weight / weight.sum(-1, keepdim=True)) @ value
+
+
+def mean_by_softmax(value: Float[Tensor, "b s d"], allowed: Int[Tensor, "b t s"]) -> Float[Tensor, "b t d"]:
+    """Scores of zero, the future at -inf, softmax: attention with nothing to say."""
+    scores = torch.zeros(allowed.shape, device=value.device, dtype=value.dtype).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ value

@@ -1,0 +1,31 @@
+"""What every block may see of the forward pass: made once, handed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gptlab.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from gptlab.model.position import Position
+
+
+@dataclass
+class Context:
+    """One forward pass. b batch, t queries, d width.
+
+    `positions` restart with each document and feed embeddings and rotations; `order` is a token's place in its row, always
+    rising, and feeds masks and score biases. Both are (1, t) in the common case of rows 0…t-1.
+    """
+
+    tokens: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b t"]
+    order: Int[Tensor, "b t"]
+    document: Int[Tensor, "b t"] | None
+    embedded: Float[Tensor, "b t d"]
+    position: Position
+    cache: KVCache | None = None

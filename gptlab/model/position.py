@@ -1,0 +1,156 @@
+"""Where a token stands: acts on the embedding, on q and k, or on the scores. The Transformer owns one and hands it down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import register
+
+ScoreBias = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, query place, key place) -> what is added to the score
+
+
+class Position(nn.Module):
+    """The identity; a scheme overrides any subset."""
+
+    bias: ScoreBias | None = None
+
+    def reach(self, length: int) -> None:
+        """Called before a forward pass whose last position is length-1: grow a table, or refuse."""
+
+    def embed(self, x: Float[Tensor, "b t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        """Add to the token embeddings."""
+        return x
+
+    def rotate(
+        self, q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g t k"], positions: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b h t k"], Float[Tensor, "b g t k"]]:
+        """Turn queries and keys."""
+        return q, k
+
+
+@register("model/position", "none")
+class NoPosition(Position):
+    """No positions: order is seen only through the causal mask (Haviv et al., 2022)."""
+
+
+@register("model/position", "learned")
+class Learned(Position):
+    """A learned vector per position, as in GPT-2."""
+
+    def __init__(self, width: int, context_length: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(context_length, width)
+
+    def reach(self, length: int) -> None:
+        if length > self.table.num_embeddings:
+            raise ConfigError(
+                f"{length} tokens are longer than the {self.table.num_embeddings} learned positions (model.context_length); "
+                "model/position=rotary has no such limit"
+            )
+
+    def embed(self, x: Float[Tensor, "b t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        added: Tensor = x + self.table(positions)
+        return added
+
+
+@register("model/position", "sinusoidal")
+class Sinusoidal(Position):
+    """Fixed sines and cosines added to the embedding (Vaswani et al., 2017)."""
+
+    def __init__(self, width: int, *, base: float = 10_000.0, amplitude: float = 0.02) -> None:
+        super().__init__()
+        self.amplitude = amplitude  # the size of the token embeddings they are added to
+        half = (width + 1) // 2
+        self.width = width
+        self.register_buffer("frequency", base ** (-torch.arange(half, dtype=torch.float32) / half), persistent=False)
+
+    def embed(self, x: Float[Tensor, "b t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        angle = positions[..., None].to(self.frequency.dtype) * self.frequency
+        waves = torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : self.width]
+        return x + (self.amplitude * math.sqrt(2.0)) * waves.to(x.dtype)
+
+
+@register("model/position", "rotary")
+class Rotary(Position):
+    """Rotary embeddings (Su et al., 2021): q and k turn with their position, so that scores see only distances."""
+
+    def __init__(self, head_width: int, context_length: int, *, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_width % 2:
+            raise ConfigError(f"model/position=rotary turns pairs: the head width {head_width} (model.width / model.heads) must be even")
+        self.base, self.head_width = base, head_width
+        self._tabulate(context_length, None, torch.float32)
+
+    def _tabulate(self, length: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        half = self.head_width // 2
+        frequency = self.base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+        # (length, head width): both halves turn by the same angles, as in Llama's layout
+        self.register_buffer("cos", torch.cat((angle, angle), -1).cos().to(dtype), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle, angle), -1).sin().to(dtype), persistent=False)
+
+    def reach(self, length: int) -> None:
+        if length > self.cos.shape[0]:
+            self._tabulate(2 * length, self.cos.device, self.cos.dtype)
+
+    def rotate(
+        self, q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g t k"], positions: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b h t k"], Float[Tensor, "b g t k"]]:
+        cos, sin = self.cos[positions][:, None].to(q.dtype), self.sin[positions][:, None].to(q.dtype)
+        return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _turn(x: Float[Tensor, "b h t k"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h t k"]:
+    # sin carries the sign of its half, so that swapping the halves is the whole rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+@register("model/position", "alibi")
+class Alibi(Position):
+    """ALiBi (Press et al., 2022): scores fall linearly with distance, each head at its own slope."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("slopes", _slopes(heads), persistent=False)
+        self.bias = self._fall
+
+    def _fall(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return self.slopes[head] * (j - i)
+
+
+def _slopes(heads: int) -> Float[Tensor, "h"]:  # noqa: F821
+    """2^(-8/n), 2^(-16/n), … for n heads; other counts take the odd ones of twice the power of two below."""
+    power = 2 ** int(math.log2(heads))
+    first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    rest = [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
+    return torch.tensor(first + rest)
+
+
+@register("model/position", "t5")
+class T5(Position):
+    """T5's relative bias (Raffel et al., 2020): a learned score per head and bucket of distance."""
+
+    roles = {"table": "bias"}
+
+    def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        if buckets < 2 or max_distance <= buckets // 2:
+            raise ConfigError(f"model/position=t5 needs buckets >= 2 and max_distance > buckets / 2, not {buckets} and {max_distance}")
+        self.table = nn.Parameter(torch.zeros(buckets, heads))
+        self.buckets, self.max_distance = buckets, max_distance
+        self.bias = self._look_up
+
+    def _look_up(self, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = (i - j).clamp(min=0)
+        exact = self.buckets // 2
+        # one bucket per distance up to `exact`, then log-spaced up to max_distance
+        scale = (self.buckets - exact) / math.log(self.max_distance / exact)
+        far = exact + (torch.log(distance.clamp(min=1).to(self.table.dtype) / exact) * scale).to(torch.long)
+        bucket = torch.where(distance < exact, distance, far.clamp(max=self.buckets - 1))
+        return self.table[bucket, head]

@@ -1,0 +1,159 @@
+"""The Transformer: one model for training, generation and interpretation.
+
+    tokens ─ embedding ─ (+ position) ─ block × depth ─ norm ─ head ─ logits
+
+Shapes: b batch, t tokens, d width, h heads, g key/value heads, k head width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import build
+from gptlab.config.schema import ModelConfig
+from gptlab.model.cache import KVCache
+from gptlab.model.context import Context
+from gptlab.model.init import initialise, roles
+from gptlab.model.linear import undrawn
+from gptlab.model.position import Position
+
+
+class Transformer(nn.Module):
+    """A decoder-only Transformer whose every part is a component of `config`.
+
+    Raises ConfigError where the parts do not fit (heads that do not divide the width, …).
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        if config.width % config.heads:
+            raise ConfigError(
+                f"model.heads={config.heads} does not divide model.width={config.width}; "
+                f"try heads={_nearest_divisor(config.width, config.heads)}"
+            )
+        self.config, self.vocabulary = config, vocabulary
+        width, heads, context_length = config.width, config.heads, config.context_length
+        head_width = width // heads
+        sizes = {"width": width, "heads": heads, "head_width": head_width}
+        shared = sizes | {"bias": config.bias, "dropout": config.dropout, "depth": config.depth}
+
+        def norm() -> nn.Module:
+            made: nn.Module = build(config.norm, width=width, bias=config.bias)
+            return made
+
+        rows = -(-vocabulary // config.pad_vocab_to) * config.pad_vocab_to
+        self.embedding = nn.Embedding(rows, width)
+        self.position: Position = build(config.position, context_length=context_length, **sizes)
+        self.embedded = nn.Identity()  # tap: the stream before the first block
+        self.blocks = nn.ModuleList()
+        for layer in range(config.depth):
+            attention = build(config.attention, kernel=build(config.kernel), layer=layer, **shared)
+            ffn = build(config.ffn, layer=layer, **shared)
+            self.blocks.append(build(config.block, norm=norm, attention=attention, ffn=ffn, layer=layer, depth=config.depth))
+        last = self.blocks[-1] if config.depth else None
+        self.norm = norm() if last is None or getattr(last, "final_norm", True) else nn.Identity()
+        self.head: nn.Module = build(config.head, width=width, vocabulary=rows, embedding=self.embedding)
+        self.register_buffer("order", torch.arange(context_length)[None], persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> Transformer:
+        """Draw every parameter from the config's init, each from its own seed. Returns self."""
+        initialise(self, build(self.config.init, width=self.config.width, depth=self.config.depth), seed)
+        return self
+
+    def features(
+        self,
+        tokens: Int[Tensor, "b t"],
+        *,
+        document: Int[Tensor, "b t"] | None = None,
+        positions: Int[Tensor, "b t"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The stream after the last norm, before the head."""
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end <= self.order.shape[1]:
+            order = self.order[:, start:end]
+        else:
+            order = torch.arange(start, end, device=tokens.device)[None]
+        if positions is None:
+            self.position.reach(end)
+            positions = order
+        else:
+            self.position.reach(int(positions.max()) + 1)
+        x = self.position.embed(self.embedding(tokens), positions)
+        x = self.embedded(F.dropout(x, self.config.dropout, self.training))
+        context = Context(tokens, positions, order, document, x, self.position, cache)
+        for block in self.blocks:
+            x = block(x, context)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        out: Tensor = self.norm(x)
+        return out
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        *,
+        document: Int[Tensor, "b t"] | None = None,
+        positions: Int[Tensor, "b t"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b t v"]:
+        """Logits of the next token at every place."""
+        logits: Tensor = self.head(self.features(tokens, document=document, positions=positions, cache=cache))
+        return logits if logits.shape[-1] == self.vocabulary else logits[..., : self.vocabulary]
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache that fits this model's attention, on its device and in its dtype."""
+        attention = [block.attention for block in self.blocks]
+        return KVCache(
+            batch,
+            capacity,
+            layers=len(attention),
+            kv_heads=int(attention[0].kv_heads) if attention else 1,  # type: ignore[arg-type]
+            head_width=int(attention[0].head_width) if attention else 1,  # type: ignore[arg-type]
+            device=self.embedding.weight.device,
+            dtype=self.embedding.weight.dtype,
+        )
+
+    def roles(self) -> dict[str, str]:
+        """Parameter path -> role (matrix, embedding, head, gain or bias)."""
+        return roles(self)
+
+
+def count_parameters(model: Transformer) -> dict[str, int]:
+    """Parameters by role, and their `total`. A tied head counts once, as embedding."""
+    counts: dict[str, int] = {}
+    sizes = dict(model.named_parameters())
+    for path, role in model.roles().items():
+        counts[role] = counts.get(role, 0) + sizes[path].numel()
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(model: Transformer) -> float:
+    """Training FLOPs of a token: 6 per matrix weight (head included, tied or not) + 12 · depth · width · context."""
+    counts, config = count_parameters(model), model.config
+    head = counts.get("head", 0) or model.embedding.weight.numel()
+    attention = 12 * config.depth * config.width * config.context_length
+    return 6.0 * (counts.get("matrix", 0) + head) + attention
+
+
+def new_model(config: ModelConfig, vocabulary: int, seed: int) -> Transformer:
+    """A model drawn from its config's init. Raises ConfigError where its parts do not fit."""
+    with undrawn():
+        model = Transformer(config, vocabulary)
+    return model.initialise(seed)
+
+
+def meta_model(config: ModelConfig, vocabulary: int) -> Transformer:
+    """The model without memory: shapes, counts and the checks of its parts. Raises ConfigError."""
+    with torch.device("meta"), undrawn():
+        return Transformer(config, vocabulary)
+
+
+def _nearest_divisor(n: int, near: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))

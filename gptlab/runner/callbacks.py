@@ -1,0 +1,169 @@
+"""The callbacks that come with gptlab."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import build, components, register
+from gptlab.data.loader import evaluation_batches
+from gptlab.generate.sampling import generate
+from gptlab.hardware.device import peak_flops, peak_memory, synchronise
+from gptlab.runner import checkpoint
+from gptlab.runner.callback import Callback
+from gptlab.runner.validation import validation_loss
+from gptlab.tracker.protocol import Metrics
+
+if TYPE_CHECKING:
+    from gptlab.runner.trainer import Trainer
+
+
+def _cadence(key: str, every: int) -> int:
+    if every < 0:
+        raise ConfigError(f"{key}={every} must be at least 0")
+    return every
+
+
+@register("callback", "evaluation")
+class Evaluation(Callback):
+    """The loss on every held-out set, `every` so many steps (0: eight times in a run) and at the end."""
+
+    def __init__(self, *, every: int = 0) -> None:
+        self.every = _cadence("callbacks.evaluation.every", every)
+        self._measured = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        if not self.every:
+            self.every = max(1, math.ceil(trainer.steps / 8)) if trainer.steps else 500
+        self._streams = {name: trainer.data.stream(name) for name in trainer.data.validation_names}
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.state.step % self.every == 0:
+            self._measure(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._measured != trainer.state.step:
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        self._measured = trainer.state.step
+        found: Metrics = {}
+        for name, stream in self._streams.items():
+            key = "val/loss" if name == "val" else f"val/{name}/loss"
+            found[key] = validation_loss(trainer.model, stream, trainer.config)
+        trainer.record(found)
+
+
+@register("callback", "checkpoint")
+class Checkpoint(Callback):
+    """A checkpoint every `minutes`, `every` so many steps (0: by time alone), and at the end; the last `keep` stay."""
+
+    def __init__(self, *, minutes: float = 5.0, every: int = 0, keep: int = 2) -> None:
+        self.minutes, self.every, self.keep = minutes, _cadence("callbacks.checkpoint.every", every), keep
+        if keep < 1 or minutes <= 0:
+            raise ConfigError(f"callbacks.checkpoint: keep={keep} must be at least 1 and minutes={minutes} positive")
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._last = time.monotonic()
+
+    def on_step(self, trainer: Trainer) -> None:
+        due = self.every and trainer.state.step % self.every == 0
+        if due or time.monotonic() - self._last > 60 * self.minutes:
+            self._save(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint()
+        checkpoint.keep_last(trainer.run.checkpoints, self.keep)
+        self._last = time.monotonic()
+
+
+@register("callback", "throughput")
+class Throughput(Callback):
+    """Tokens a second in training steps, the share of a known GPU's bf16 peak (MFU), and peak memory."""
+
+    def __init__(self) -> None:
+        self._tokens, self._seconds = 0, 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._tokens, self._seconds = trainer.state.tokens, trainer.state.seconds
+        self._peak = peak_flops(trainer.device)
+
+    def on_record(self, trainer: Trainer, metrics: Metrics) -> None:
+        tokens, seconds = trainer.state.tokens - self._tokens, trainer.state.seconds - self._seconds
+        if "train/loss" not in metrics or seconds <= 0:
+            return
+        metrics["train/tokens_per_second"] = tokens / seconds
+        if self._peak:
+            metrics["train/mfu"] = tokens / seconds * trainer.flops_per_token / self._peak
+        metrics["memory/peak_bytes"] = peak_memory(trainer.device)
+        self._tokens, self._seconds = trainer.state.tokens, trainer.state.seconds
+
+
+@register("callback", "samples")
+class Samples(Callback):
+    """A text from the model in samples/, at the end and `every` so many steps (0: at the end alone)."""
+
+    def __init__(self, *, every: int = 0, tokens: int = 200, temperature: float = 0.8, top_k: int = 50, prompt: str = "\n") -> None:
+        self.every, self.tokens = _cadence("callbacks.samples.every", every), tokens
+        self.temperature, self.top_k, self.prompt = temperature, top_k, prompt
+
+    def on_step(self, trainer: Trainer) -> None:
+        if self.every and trainer.state.step % self.every == 0:
+            self._write(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        tokenizer = trainer.data.tokenizer
+        prompt = tokenizer.encode(self.prompt).tolist()
+        ids = generate(trainer.model, prompt, max_tokens=self.tokens, temperature=self.temperature, top_k=self.top_k, seed=0)
+        folder = trainer.run.directory / "samples"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step-{trainer.state.step:09d}.txt").write_text(tokenizer.decode(list(ids)) + "\n", encoding="utf-8")
+
+
+@register("callback", "kernels")
+class Kernels(Callback):
+    """At the end, the trained model's forward pass under every kernel: largest difference of a logit, and milliseconds."""
+
+    def __init__(self, *, repeats: int = 5) -> None:
+        self.repeats = repeats
+
+    @torch.inference_mode()
+    def on_end(self, trainer: Trainer) -> None:
+        model, config = trainer.model, trainer.config
+        stream = trainer.data.stream("val")
+        batch = next(evaluation_batches(stream, config.model.context_length, 0, trainer.micro_batch)).to(trainer.device)
+        attentions = [m for m in model.modules() if hasattr(m, "kernel")]
+        if not attentions:
+            raise ConfigError("callback=kernels compares attention kernels; this model has none")
+        own = [attention.kernel for attention in attentions]
+        model.eval()
+        reference = model(batch.inputs)
+        found: Metrics = {}
+        for component in components("model/kernel"):
+            for attention in attentions:
+                attention.kernel = build(component.options())
+                if attention.kernel.materialises_pattern:
+                    attention.scores, attention.pattern = torch.nn.Identity(), torch.nn.Identity()
+            model(batch.inputs)
+            times = []
+            for _ in range(self.repeats):
+                started = time.perf_counter()
+                logits = model(batch.inputs)
+                synchronise(trainer.device)
+                times.append(time.perf_counter() - started)
+            found[f"kernel/{component.name}/difference"] = float((logits - reference).abs().max())
+            found[f"kernel/{component.name}/forward_ms"] = 1000 * sorted(times)[len(times) // 2]
+        for attention, kernel in zip(attentions, own, strict=True):
+            attention.kernel = kernel  # type: ignore[assignment]
+        model.train()
+        trainer.record(found)

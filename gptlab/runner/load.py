@@ -1,0 +1,60 @@
+"""A finished (or stopped) run as a model to use: `load("latest")`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from gptlab.config.errors import CheckpointError, ConfigError
+from gptlab.config.registry import load_components
+from gptlab.config.schema import Config
+from gptlab.data.tokenizer import Tokenizer, from_json
+from gptlab.generate.sampling import check_settings, generate
+from gptlab.model.transformer import Transformer, new_model
+from gptlab.runner import checkpoint
+from gptlab.runner.run import Run, find_run
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with its tokeniser and config."""
+
+    run: Run
+    config: Config
+    model: Transformer
+    tokenizer: Tokenizer
+
+    def sample(self, prompt: str = "\n", *, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> str:
+        """Text after a prompt. Raises ConfigError for settings that mean nothing or a prompt the tokeniser does not know."""
+        check_settings(max_tokens, temperature, top_k)
+        ids = self.tokenizer.encode(prompt).tolist()
+        if not ids:
+            raise ConfigError("the prompt is empty; give at least one character")
+        made = generate(
+            self.model, ids, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, stop=self.tokenizer.end_of_text
+        )
+        return self.tokenizer.decode(list(made))
+
+
+def load(run: str | Run, *, device: str = "cpu") -> Loaded:
+    """Open a run (directory, identity, unique prefix, or `latest`) at its newest good checkpoint, in evaluation mode.
+
+    Raises ConfigError if there is no such run or a component is not registered, CheckpointError if no checkpoint is usable.
+    """
+    load_components()
+    found = run if isinstance(run, Run) else find_run(run)
+    config = found.config()
+    newest = checkpoint.require_good(found.checkpoints)
+    file = found.directory / "tokenizer.json"
+    try:
+        tokenizer = from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error})") from error
+    model = new_model(config.model, tokenizer.vocabulary, seed=0)
+    try:
+        model.load_state_dict(checkpoint.load_model(newest))
+    except RuntimeError as error:
+        raise CheckpointError(f"{newest} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
+    return Loaded(found, config, model.to(torch.device(device)).eval(), tokenizer)

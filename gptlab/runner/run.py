@@ -1,0 +1,218 @@
+"""A run on disk: its directory, its identity, its lock, what became of it, and how to find it again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gptlab.config import codec
+from gptlab.config.errors import ConfigError, GptlabError, IOFailure
+from gptlab.config.registry import suggest
+from gptlab.config.schema import Config
+from gptlab.tracker.jsonl import read_metrics
+
+MEMBERS = "members.jsonl"  # in a study's folder: the runs it compares, wherever they lie
+
+
+def runs_root() -> Path:
+    """Where runs live: $GPTLAB_RUNS, else ./runs."""
+    return Path(os.environ.get("GPTLAB_RUNS") or "runs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory and what it holds."""
+
+    directory: Path
+
+    @property
+    def identity(self) -> str:
+        """The hash its name ends with."""
+        return self.directory.name.rpartition("-")[2]
+
+    @property
+    def study(self) -> str:
+        return self.directory.parent.name
+
+    @property
+    def name(self) -> str:
+        """What differs from the base: the folder's name less the identity."""
+        return self.directory.name.rpartition("-")[0] or "base"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run; None if it is not there or cut off."""
+        try:
+            found: dict[str, Any] = json.loads((self.directory / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file of the run, whole or not at all."""
+        partial = self.directory / f".{name}.part"
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(partial, self.directory / name)
+
+    def config(self) -> Config:
+        """The resolved config. Raises CheckpointError or ConfigError."""
+        data = self.read("config.json")
+        if data is None:
+            raise ConfigError(f"{self.directory} is not a run: it has no readable config.json")
+        return codec.from_json(data, str(self.directory / "config.json"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.metrics_file)
+
+    @property
+    def state(self) -> str:
+        """done, failed, running, stopped (it has a checkpoint) or new."""
+        if self.read("done.json"):
+            return "done"
+        if holder(self.directory):
+            return "running"
+        if self.read("failed.json"):
+            return "failed"
+        return "stopped" if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) else "new"
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Hold a run for this process. Raises GptlabError, naming the holder, if another has it; a dead holder's lock is free."""
+    file = (run.directory / ".lock").open("a+")
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise GptlabError(f"{run.directory} is being trained by {file.read().strip() or 'another process'}; wait for it or stop it") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+    finally:
+        file.close()  # and with it the lock
+
+
+def holder(directory: Path) -> str | None:
+    """Who holds a run's lock now; None if nobody does."""
+    try:
+        with (directory / ".lock").open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "another process"
+    except OSError:
+        return None
+    return None
+
+
+def make_run(config: Config, identity: str) -> Run:
+    """The run's directory: found by its identity in any study, or made."""
+    known = next((r for r in all_runs() if r.identity == identity), None)
+    if known is not None:
+        return known
+    directory = runs_root() / config.study / f"{config.name or 'base'}-{identity}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IOFailure(f"{directory} could not be made ({error.strerror}); GPTLAB_RUNS=FOLDER puts runs elsewhere") from error
+    return Run(directory)
+
+
+def join_study(run: Run, config: Config, *, arm: str, settings: dict[str, str], job: int) -> None:
+    """Note in the study's folder that it compares this run. `arm` names the config less its seeds."""
+    folder = runs_root() / config.study
+    folder.mkdir(parents=True, exist_ok=True)
+    line = {"identity": run.identity, "name": config.name, "arm": arm, "settings": settings, "seed": config.seed, "job": job, "time": time.time()}
+    with (folder / MEMBERS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def members(study: str) -> list[dict[str, Any]]:
+    """The runs a study compares, in the order they were first asked for; the last word about each counts."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in read_metrics(runs_root() / study / MEMBERS):
+        first = found.get(line["identity"], line)
+        found[line["identity"]] = {**line, "job": first["job"], "time": first["time"]}
+    return sorted(found.values(), key=lambda m: (m["time"] if m["job"] < 0 else 0, m["job"], m["time"]))
+
+
+def all_runs() -> list[Run]:
+    """Every run under the root, the oldest first."""
+    root = runs_root()
+    if not root.is_dir():
+        return []
+    found = [Run(d) for s in root.iterdir() if s.is_dir() and not s.name.startswith(".") for d in s.iterdir() if (d / "config.json").is_file()]
+    return sorted(found, key=lambda r: ((r.directory / "config.json").stat().st_mtime, r.directory.name))
+
+
+def studies() -> list[str]:
+    """The names of the studies under the root."""
+    root = runs_root()
+    return sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")) if root.is_dir() else []
+
+
+def find_run(reference: str) -> Run:
+    """A run by directory, identity, unique prefix of identity or name, or `latest`. Raises ConfigError when none or several match."""
+    if (Path(reference) / "config.json").is_file():
+        return Run(Path(reference))
+    runs = all_runs()
+    if not runs:
+        raise ConfigError(f"there are no runs in {runs_root()} yet; `gptlab train` makes one, GPTLAB_RUNS=FOLDER looks elsewhere")
+    if reference == "latest":
+        return runs[-1]
+    matches = [r for r in runs if r.identity == reference]
+    matches = matches or [r for r in runs if r.identity.startswith(reference) or r.directory.name.startswith(reference)]
+    matches = matches or [r for r in runs if f"{r.study}/{r.directory.name}".startswith(reference)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        some = ", ".join(f"{r.study}/{r.directory.name}" for r in matches[:4])
+        raise ConfigError(f"{reference!r} matches {len(matches)} runs ({some}{', …' if len(matches) > 4 else ''}); give more of the identity")
+    known = [r.identity for r in runs] + [r.directory.name for r in runs]
+    raise ConfigError(f"no run matches {reference!r}{suggest(reference, known)}; `gptlab runs list` shows them")
+
+
+def find_study(name: str) -> str:
+    """The study of this name. Raises ConfigError, naming the nearest."""
+    known = studies()
+    if name in known and members(name):
+        return name
+    if not known:
+        raise ConfigError(f"there are no studies in {runs_root()} yet; `gptlab train -m … study={name}` makes one")
+    raise ConfigError(f"no study is called {name!r}{suggest(name, known)}; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}")
+
+
+def remove_run(run: Run) -> None:
+    """Delete a run that nobody is training."""
+    held = holder(run.directory)
+    if held:
+        raise GptlabError(f"{run.directory} is being trained by {held}; stop it first")
+    shutil.rmtree(run.directory)
+    with contextlib.suppress(OSError):
+        (run.directory.parent / MEMBERS).unlink() if not any(run.directory.parent.glob("*/config.json")) else None
+        run.directory.parent.rmdir()
+
+
+def now() -> str:
+    """This moment, in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,191 @@
+"""Comparing the arms of a study: each against the baseline, on paired seeds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import suggest
+from gptlab.runner.run import Run, all_runs, find_study, members
+from gptlab.study.statistics import Interval, deviation, mean_interval, seeds_to_settle
+
+METRIC = "val/loss"
+
+
+@dataclass
+class Arm:
+    """The runs of one config, one a seed."""
+
+    key: str
+    label: str
+    settings: dict[str, str]
+    runs: dict[int, Run] = field(default_factory=dict)
+    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float | None:
+        values = [float(s[name]) for s in self.summaries.values() if name in s]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison."""
+
+    label: str
+    settings: dict[str, str]
+    baseline: bool
+    seeds: list[int]
+    loss: Interval
+    difference: Interval | None  # against the baseline, on the seeds both have
+    pairing_gain: float | None  # unpaired over paired standard deviation of the difference
+    seeds_to_settle: int | None
+    parameters: int
+    tokens: float
+    flops: float
+    seconds: float
+    tokens_per_second: float
+    peak_memory: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A study's verdictless table: what was measured, and what stands in the way of comparing it."""
+
+    study: str
+    metric: str
+    rows: list[Row]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": 1, "study": self.study, "metric": self.metric, "rows": [asdict(r) for r in self.rows], "notes": self.notes}
+
+
+def collect(study: str) -> tuple[list[Arm], list[str]]:
+    """The study's arms with their finished runs, in the order they were asked for, and notes on what was left out."""
+    study = find_study(study)
+    by_identity = {r.identity: r for r in all_runs()}
+    arms: dict[str, Arm] = {}
+    left_out: dict[str, int] = defaultdict(int)
+    for member in members(study):
+        run = by_identity.get(member["identity"])
+        arm = arms.setdefault(member["arm"], Arm(member["arm"], "", {k: v for k, v in member["settings"].items() if not _is_seed(k)}))
+        done = run.read("done.json") if run else None
+        if run is None or done is None:
+            left_out[run.state if run else "removed"] += 1
+            continue
+        arm.runs[int(member["seed"])] = run
+        arm.summaries[int(member["seed"])] = done["summary"]
+    notes = [f"{count} run{'s' if count > 1 else ''} left out: {state}" for state, count in left_out.items()]
+    found = list(arms.values())
+    _label(found)
+    return [a for a in found if a.runs], notes
+
+
+def _is_seed(key: str) -> bool:
+    return key == "seed" or key.startswith("seeds.")
+
+
+def _label(arms: list[Arm]) -> None:
+    """Name each arm by what its settings do not share with every other arm; one without any is the base."""
+    shared = set.intersection(*(set(a.settings.items()) for a in arms)) if arms else set()
+    for arm in arms:
+        own = [f"{k.rpartition('/')[2].rpartition('.')[2]}={v}" for k, v in arm.settings.items() if (k, v) not in shared]
+        arm.label = " ".join(own) or "base"
+    labels = [a.label for a in arms]
+    for arm in arms:
+        if labels.count(arm.label) > 1:
+            arm.label = f"{arm.label} ({arm.key[:4]})"
+
+
+def compare(study: str, *, baseline: str | None = None) -> Comparison:
+    """Compare a study's arms on the held-out loss of their last step. The baseline is the first arm unless one is named.
+
+    Raises ConfigError when the study is unknown or has no finished run, the baseline is not an arm, or the arms were not
+    measured on the same tokens.
+    """
+    arms, notes = collect(study)
+    if not arms:
+        raise ConfigError(f"study {study!r} has no finished run yet" + (f" ({'; '.join(notes)})" if notes else ""))
+    base = _baseline(arms, baseline)
+    notes += _comparable(arms)
+    ordered = [base, *(a for a in arms if a is not base)]
+    return Comparison(study, METRIC, [_row(a, base) for a in ordered], notes)
+
+
+def _baseline(arms: list[Arm], named: str | None) -> Arm:
+    if named is None:
+        return arms[0]
+    for arm in arms:
+        if named in (arm.label, arm.label.replace(" ", ","), arm.key):
+            return arm
+    raise ConfigError(f"--baseline {named!r} is not an arm{suggest(named, [a.label for a in arms])}; there are: {'; '.join(a.label for a in arms)}")
+
+
+def _row(arm: Arm, base: Arm) -> Row:
+    losses = {seed: float(s[METRIC]) for seed, s in arm.summaries.items() if METRIC in s}
+    base_losses = {seed: float(s[METRIC]) for seed, s in base.summaries.items() if METRIC in s}
+    paired = sorted(losses.keys() & base_losses.keys())
+    differences = [losses[s] - base_losses[s] for s in paired]
+    gain = None
+    if arm is not base and len(paired) > 1 and deviation(differences) > 0:
+        unpaired = (deviation([losses[s] for s in paired]) ** 2 + deviation([base_losses[s] for s in paired]) ** 2) ** 0.5
+        gain = unpaired / deviation(differences)
+    return Row(
+        label=arm.label,
+        settings=arm.settings,
+        baseline=arm is base,
+        seeds=sorted(arm.runs),
+        loss=mean_interval(list(losses.values())),
+        difference=mean_interval(differences) if arm is not base and differences else None,
+        pairing_gain=gain,
+        seeds_to_settle=seeds_to_settle(differences) if arm is not base else None,
+        parameters=int(arm.mean("parameters") or 0),
+        tokens=arm.mean("tokens") or 0.0,
+        flops=arm.mean("flops") or 0.0,
+        seconds=arm.mean("seconds") or 0.0,
+        tokens_per_second=arm.mean("train/tokens_per_second") or 0.0,
+        peak_memory=arm.mean("memory/peak_bytes") or 0.0,
+    )
+
+
+def _comparable(arms: list[Arm]) -> list[str]:
+    """Notes on what else differs. Raises ConfigError when the losses are not of the same tokens."""
+    notes: list[str] = []
+    measured: dict[str, str] = {}
+    facts: dict[str, set[str]] = defaultdict(set)
+    for arm in arms:
+        for run in arm.runs.values():
+            data, environment = run.read("data.json") or {}, run.read("environment.json") or {}
+            manifest = data.get("manifest", {})
+            held_out = manifest.get("splits", {}).get("val", {}).get("shards", [{}])
+            tokens = f"{manifest.get('tokenizer', {}).get('sha256')} {[s.get('sha256') for s in held_out]}"
+            measured.setdefault(tokens, arm.label)
+            facts["gptlab sources"].add(str(environment.get("source")))
+            facts["torch"].add(str(environment.get("packages", {}).get("torch")))
+            hardware = environment.get("hardware", {})
+            facts["hardware"].add(f"{hardware.get('gpu') or hardware.get('cpu')} {hardware.get('device')}")
+    if len(measured) > 1:
+        raise ConfigError(f"the arms {' and '.join(repr(a) for a in measured.values())} were measured on different validation tokens: their losses cannot be compared")
+    limits = {arm.label: _validation_tokens(arm) for arm in arms}
+    if len(set(limits.values())) > 1:
+        raise ConfigError(f"the arms were measured on different numbers of validation tokens (data.validation_tokens: {limits}); use one for all")
+    for what, values in facts.items():
+        if len(values) > 1:
+            notes.append(f"mixed {what}: {', '.join(sorted(values))}")
+    contexts = {arm.label: next(iter(arm.runs.values())).config().model.context_length for arm in arms}
+    if len(set(contexts.values())) > 1:
+        notes.append(f"different context lengths ({contexts}): a longer one sees more before each token it is scored on")
+    counts = {len(arm.runs) for arm in arms}
+    if len(counts) > 1:
+        notes.append("the arms have different numbers of seeds; differences use the seeds both have")
+    if max(counts) == 1:
+        notes.append("one seed only: the differences have no interval")
+    return notes
+
+
+def _validation_tokens(arm: Arm) -> int:
+    return next(iter(arm.runs.values())).config().data.validation_tokens
+
+

@@ -1,0 +1,115 @@
+"""A comparison as a table: in the terminal, as markdown, and as a picture of its loss curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.study.compare import METRIC, Arm, Comparison, Row, collect
+from gptlab.study.statistics import Interval
+from gptlab.tracker.jsonl import curve
+
+HEADERS = ("arm", "seeds", "val/loss", "difference (95 %)", "parameters", "tokens/s", "seconds")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table as text."""
+    return (
+        row.label,
+        str(len(row.seeds)),
+        f"{row.loss.mean:.4f}",
+        "baseline" if row.baseline else difference(row.difference),
+        f"{row.parameters:,}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.seconds:.1f}",
+    )
+
+
+def difference(interval: Interval | None) -> str:
+    """`-0.0123 ± 0.0045`, signed; without an interval where there is one seed."""
+    if interval is None:
+        return "no common seed"
+    return f"{interval.mean:+.4f}" + (f" ± {interval.half:.4f}" if interval.half is not None else "")
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for a terminal: better is green, worse red, undecided plain."""
+    shown = Table(title=f"{comparison.study}: {comparison.metric} at the last step", title_justify="left", title_style="bold")
+    for i, header in enumerate(HEADERS):
+        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in comparison.rows:
+        values: list[str | Text] = list(cells(row))
+        if row.difference and row.difference.excludes_zero:
+            values[3] = Text(str(values[3]), style="green" if row.difference.mean < 0 else "red")
+        shown.add_row(*values)
+    return shown
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What the table does not say: which arms are undecided and what pairing gained."""
+    found = []
+    for row in comparison.rows:
+        if row.difference is not None and row.difference.half is not None and not row.difference.excludes_zero:
+            more = f"about {row.seeds_to_settle} seeds would settle it" if row.seeds_to_settle else "over 1,000 seeds would be needed"
+            found.append(f"{row.label}: no difference beyond ± {row.difference.half:.4f}; {more}")
+    gains = [row.pairing_gain for row in comparison.rows if row.pairing_gain]
+    if gains:
+        found.append(f"pairing by seed narrowed the differences {min(gains):.1f} to {max(gains):.1f} times" if len(gains) > 1 else f"pairing by seed narrowed the difference {gains[0]:.1f} times")
+    return found + comparison.notes
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as a markdown table with its remarks."""
+    lines = [" | ".join(("", *HEADERS, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(HEADERS) - 1)) + "|"]
+    lines += [" | ".join(("", *cells(row), "")).strip() for row in comparison.rows]
+    return "\n".join([*lines, "", *(f"- {r}" for r in remarks(comparison))]).rstrip() + "\n"
+
+
+# Okabe & Ito's palette, told apart by the colour-blind; black is the baseline's.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+_STYLES = ("-", "--", ":", "-.")
+
+
+def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) -> Path:
+    """Save the held-out loss over the steps: a line an arm (mean of its seeds) in a band from its lowest to its highest seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = list(arms) if arms is not None else collect(study)[0]
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    ends: list[tuple[float, str, str]] = []
+    lowest, highest = float("inf"), float("-inf")
+    for i, arm in enumerate(found):
+        by_step: dict[int, list[float]] = {}
+        for run in arm.runs.values():
+            for step, value in zip(*curve(run.metrics(), METRIC), strict=True):
+                by_step.setdefault(step, []).append(value)
+        steps = [s for s in sorted(by_step) if len(by_step[s]) == len(arm.runs)]
+        if not steps:
+            continue
+        mean = [sum(by_step[s]) / len(by_step[s]) for s in steps]
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(steps, mean, _STYLES[i // len(_COLOURS) % len(_STYLES)], color=colour, linewidth=1.6, marker="o", markersize=2.5)
+        axes.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=colour, alpha=0.15, linewidth=0)
+        ends.append((mean[-1], f"{arm.label}  {mean[-1]:.3f}", colour))
+        lowest, highest = min(lowest, *mean), max(highest, *mean)
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"{METRIC} (nats a token)")
+    axes.set_title(f"{study}: mean of {max((len(a.runs) for a in found), default=0)} seeds, band from lowest to highest", loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    # Each line is named at its end; names that would overlap are pushed apart.
+    gap = (highest - lowest or 1.0) * 0.055
+    place = float("-inf")
+    for value, text, colour in sorted(ends):
+        place = max(value, place + gap)
+        axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=8, annotation_clip=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    pyplot.close(figure)
+    return file

@@ -1,0 +1,55 @@
+"""metrics.jsonl: one JSON object a line, the record every comparison reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from gptlab.tracker.protocol import Metrics
+
+
+class MetricsFile:
+    """Appends lines, each written whole. `keep_to` drops what a resume will replay."""
+
+    def __init__(self, file: Path, keep_to: int) -> None:
+        if file.exists():
+            kept = [line for line in read_metrics(file) if line.get("step", 0) <= keep_to]
+            partial = file.with_suffix(".part")
+            partial.write_text("".join(_line(m) for m in kept), encoding="utf-8")
+            os.replace(partial, file)
+        self._file = file.open("a", encoding="utf-8")
+
+    def write(self, metrics: Metrics) -> None:
+        self._file.write(_line(metrics))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    # JSON has no NaN: a value that is not finite is written as its name
+    safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return json.dumps(safe) + "\n"
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a crash is left out."""
+    if not file.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric."""
+    points = [(int(m["step"]), float(m[name])) for m in lines if name in m]
+    return [s for s, _ in points], [v for _, v in points]

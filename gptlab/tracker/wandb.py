@@ -1,0 +1,97 @@
+"""Weights & Biases, online (`tracker=wandb`) or in offline files that `wandb sync` uploads (`tracker=offline`)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from gptlab.config.registry import register
+from gptlab.tracker.protocol import Metrics, RunInfo
+
+INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a server that does not answer
+
+
+class _Wandb:
+    def __init__(self, project: str, entity: str | None, mode: str) -> None:
+        self.project, self.entity, self.mode = project, entity, mode
+        self._run: Any = None
+        self._logged_to = -1
+
+    def start(self, run: RunInfo) -> None:
+        import wandb
+
+        self._logged_to = run.logged_to
+        try:
+            self._run = self._init(run, self.mode)
+        except Exception as error:  # wandb raises many kinds; none of them may cost the run
+            if self.mode == "offline":
+                self._warn("could not start", error, "metrics go to metrics.jsonl alone")
+                return
+            self._warn("could not be reached", error, "its files are kept for `wandb sync`")
+            wandb.teardown()
+            self._run = self._init(run, "offline")
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        # curves by what a step costs, too
+        for axis in ("tokens", "flops", "seconds", "wall"):
+            self._run.define_metric(axis, step_metric="step")
+
+    def _init(self, run: RunInfo, mode: str) -> Any:
+        import wandb
+
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            id=run.id,
+            name=run.name,
+            group=run.study,
+            config=run.config,
+            dir=str(run.directory),
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow",
+            reinit="create_new",
+            settings=wandb.Settings(
+                init_timeout=INIT_TIMEOUT,
+                finish_timeout=FINISH_TIMEOUT,
+                console="off",
+                silent=True,
+                save_code=False,
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+            ),
+        )
+
+    def log(self, metrics: Metrics) -> None:
+        if self._run is not None and int(metrics["step"]) > self._logged_to:
+            self._run.log(metrics)
+
+    def finish(self, summary: Metrics, code: int) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.summary.update(summary)
+            self._run.finish(exit_code=code)
+        except Exception as error:  # the server may die at any time; the data is on disk
+            self._warn("did not finish", error, "its files are kept for `wandb sync`")
+
+    @staticmethod
+    def _warn(what: str, error: Exception, then: str) -> None:
+        sentence = " ".join(str(error).split())[:200] or type(error).__name__
+        warnings.warn(f"W&B {what} ({sentence}); {then}", stacklevel=3)
+
+
+@register("tracker", "offline")
+def offline(*, project: str = "gptlab") -> _Wandb:
+    """W&B's offline files in the run's folder; `wandb sync` uploads them, `wandb leet` shows them."""
+    return _Wandb(project, None, "offline")
+
+
+@register("tracker", "wandb")
+def online(*, project: str = "gptlab", entity: str | None = None) -> _Wandb:
+    """W&B with the account that is logged in. A server that cannot be reached costs one warning."""
+    return _Wandb(project, entity, "online")
