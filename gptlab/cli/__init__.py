@@ -29,9 +29,9 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A directory, an
 
 
 def _complete_overrides(context: typer.Context, incomplete: str) -> list[str]:
-    from gptlab.cli.completion import complete
+    from gptlab.cli import completion
 
-    return complete(incomplete)
+    return completion.complete(incomplete)
 
 
 @app.callback()
@@ -149,31 +149,21 @@ def bench_train(
 
 
 def main() -> None:
-    """Run the command; a user's error is one sentence and the right exit code."""
+    """Run the command; a user's error is one sentence and the right exit code. GPTLAB_DEBUG=1 shows the traceback."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except GptlabError as error:
+        if os.environ.get("GPTLAB_DEBUG"):
+            raise
         if str(error):
             print(f"gptlab: {error}", file=sys.stderr)
         sys.exit(error.code)
-    except typer.Abort:
+    except KeyboardInterrupt:
+        print("gptlab: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("gptlab: interrupted before a step could be saved", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        if isinstance(error, OSError):
-            print(f"gptlab: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-            sys.exit(74)
-        raise
-    sys.exit(code or 0)
-
-
+    except OSError as error:
+        print(f"gptlab: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(74)

@@ -21,12 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config import compose
 from gptlab.config.errors import GptlabError, Stopped
-from gptlab.runner.run import Run, runs_root
+from gptlab.runner.run import runs_root
 from gptlab.runner.train import Outcome
 from gptlab.runner.train import train as train_run
 from gptlab.tracker.console import complain, console, say
 
-RERUN, LAUNCH = "GPTLAB_RERUN", "GPTLAB_LAUNCH"
+RERUN, LAUNCH, SIZE = "GPTLAB_RERUN", "GPTLAB_LAUNCH", "GPTLAB_LAUNCH_SIZE"
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -42,14 +42,22 @@ def train(arguments: Sequence[str]) -> int:
         if "--rerun" in own:
             stack.enter_context(_environment(RERUN, "1"))
         compose.prepare()
+        shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
+        size = None if shows_only else compose.sweep_size(passed)
+        if size is not None:
+            stack.enter_context(_environment(SIZE, str(size)))
         outcomes = stack.enter_context(_launch_folder())
         _run_hydra(passed)
         results = _read(outcomes)
-        if not results:  # --help, --cfg, --info
-            return 0
-        if len(results) == 1 and not results[0]["sweep"]:
-            return 0
-        return _after_sweep(results)
+        stopped = [r for r in results if r["state"] == "stopped"]
+        if stopped:
+            raise Stopped(stopped[0]["message"])
+        if results and results[0]["sweep"]:
+            return _after_sweep(results)
+        for result in results:
+            if result["code"]:
+                raise ExitWith(result["message"], result["code"])
+        return 0
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:
@@ -89,20 +97,26 @@ def _run_hydra(arguments: list[str]) -> None:
         application()
     except (HydraException, OmegaConfBaseException) as error:
         raise compose.explain(error) from error
+    except _Leave:
+        pass  # its reason is among the outcomes
     except SystemExit as leave:
         # argparse has said what is wrong with an option; --help ends with 0
         if leave.code not in (0, None):
-            raise GptlabSystemExit(int(leave.code) if isinstance(leave.code, int) else 2) from None
+            raise ExitWith("", leave.code if isinstance(leave.code, int) else 2) from None
     finally:
         sys.argv = before
 
 
-class GptlabSystemExit(GptlabError):
-    """An exit whose message is already on the terminal."""
+class ExitWith(GptlabError):
+    """An exit with a code of its own; an empty message has been said already."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__("")
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
         self.code = code
+
+
+class _Leave(BaseException):
+    """Ends a sweep at once; not an Exception, so that Hydra lets it pass without a word."""
 
 
 def task(composed: DictConfig) -> None:
@@ -116,18 +130,17 @@ def task(composed: DictConfig) -> None:
     state: dict[str, Any] = {"sweep": sweep, "job": number, "title": title, "study": str(composed.study)}
     try:
         config = compose.to_config(composed, overrides)
-        title = config.name or title
+        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (config.name or title)
         outcome = train_run(
             config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number
         )
-    except Stopped as error:
-        _note(state | {"state": "stopped", "code": error.code, "message": str(error)})
-        raise
     except GptlabError as error:
-        if not sweep:
-            raise
-        _note(state | {"state": "failed", "code": error.code, "message": str(error)})
-        say(f"[red]✗[/] {title}  {error}")
+        stopped = isinstance(error, Stopped)
+        _note(state | {"state": "stopped" if stopped else "failed", "code": error.code, "message": str(error)})
+        if stopped:
+            raise _Leave from error
+        if sweep:
+            say(f"[red]✗[/] {title}  {error}")
         return
     _note(state | _plain(outcome))
 
@@ -154,7 +167,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 def _after_sweep(results: list[dict[str, Any]]) -> int:
     """Say what the sweep did, compare its arms, draw them, and let the best speak. Returns the exit code."""
     from gptlab.study.compare import compare
-    from gptlab.study.report import draw_curves, remarks, table
+    from gptlab.study.report import draw_curves, show
 
     failed = [r for r in results if r["state"] == "failed"]
     skipped = sum(r["state"] == "skipped" for r in results)
@@ -162,9 +175,7 @@ def _after_sweep(results: list[dict[str, Any]]) -> int:
     say(f"\n{len(results)} runs: {sum(r['state'] == 'done' for r in results)} trained, {skipped} skipped, {len(failed)} failed")
     if len(failed) < len(results):
         comparison = compare(study)
-        console.print(table(comparison))
-        for remark in remarks(comparison):
-            say(f"[dim]  {remark}[/]")
+        show(comparison)
         picture = draw_curves(study, runs_root() / study / "curves.png")
         say(f"\nloss curves: {picture}")
         _speak(study, min(comparison.rows, key=lambda r: r.loss.mean).label)
@@ -182,10 +193,3 @@ def _speak(study: str, label: str) -> None:
     if samples:
         say(f"\na sample of the best arm ({label}, seed {seed}), from gptlab sample {arm.runs[seed].identity}:\n")
         console.print(samples[-1].read_text(encoding="utf-8").strip("\n"), markup=False, highlight=False)
-
-
-def single(run: Run) -> str:
-    """The line that ends a single run: how to go on from here."""
-    return f"{run.directory}: gptlab sample {run.identity}"
-
-

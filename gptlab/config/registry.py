@@ -220,9 +220,9 @@ def check_choices(options: Options, path: str) -> None:
             raise ConfigError(f"{path}.{name}={value} is not one of {', '.join(allowed)}{suggest(str(value), allowed)}")
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """' (did you mean …?)' when something known is close to `word`, else ''."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -268,6 +268,13 @@ def load_plugin(file: Path) -> types.ModuleType:
     if found is None or Path(found).resolve() != file.resolve():
         raise ConfigError(f"plugin {file}: the name {file.stem!r} is taken by {found or 'a built-in module'}; rename the file")
     return module
+
+
+def components_from(file: Path) -> list[Component]:
+    """The components that a Python file registers; it is imported as a plugin. Raises ConfigError."""
+    add_plugin(file)
+    module = load_plugin(file.resolve())
+    return [c for c in components() if c.factory.__module__ == module.__name__]
 
 
 def has_default(options: type[Options], name: str) -> bool:

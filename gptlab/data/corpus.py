@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import hashlib
+import http.client
 import os
 import sys
 import sysconfig
-import urllib.error
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import register
 
-PIECE = 1 << 20  # characters read at a time
+PIECE = 1 << 20  # bytes read at a time
 Piece = tuple[str, bool]  # text, and whether it ends its document
 
 
@@ -41,37 +43,41 @@ def home() -> Path:
 
 
 def read_text(file: Path) -> Iterator[Piece]:
-    """A UTF-8 file as one document. Raises DataError if it is empty, binary or not UTF-8."""
+    """A UTF-8 file as one document (a byte-order mark is no text). Raises DataError if it is empty, binary or not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    held = ""  # one piece behind, so that the last one can be told
+    at = 0
     try:
         with file.open("rb") as raw:
-            if b"\0" in raw.read(8192):
-                raise DataError(f"{file} is a binary file; gptlab reads UTF-8 text")
-        with file.open(encoding="utf-8", newline="") as text:
-            piece = text.read(PIECE)
-            if not piece:
-                raise DataError(f"{file} is empty")
-            while piece:
-                following = text.read(PIECE)
-                yield piece, not following
-                piece = following
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: {_bad_byte(file)} ({error.reason}); convert it, as with iconv -t utf-8") from error
+            while chunk := raw.read(PIECE):
+                if at == 0 and b"\0" in chunk[:8192]:
+                    raise DataError(f"{file} is a binary file; gptlab reads UTF-8 text")
+                text = _decode(decoder, chunk, at, file)
+                text = text.removeprefix("\ufeff") if at == 0 else text
+                at += len(chunk)
+                if held and text:
+                    yield held, False
+                held = text or held
+        if tail := _decode(decoder, b"", at, file):
+            held += tail
     except OSError as error:
         raise IOFailure(f"{file} could not be read: {error.strerror}") from error
+    if not held:
+        raise DataError(f"{file} is empty")
+    yield held, True
 
 
-def _bad_byte(file: Path) -> str:
-    offset = 0
-    for line in file.read_bytes().splitlines(keepends=True):
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return f"byte 0x{line[error.start]:02x} at offset {offset + error.start}"
-        offset += len(line)
-    return "a byte"
+def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, at: int, file: Path) -> str:
+    pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
+    try:
+        return decoder.decode(chunk, final=not chunk)
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{error.object[error.start]:02x} at offset {at - pending + error.start}"
+        raise DataError(f"{file} is not UTF-8: {place} ({error.reason}); convert it, as with iconv -t utf-8") from error
 
 
-def _file_key(file: Path) -> list[Any]:
+def file_key(file: Path) -> list[Any]:
+    """What tells a file from another, or from itself before it was changed, without reading it."""
     status = file.stat()
     return [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
@@ -89,7 +95,7 @@ class Text:
         self.files = text_files(self.path)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"files": [_file_key(f) for f in self.files]}
+        return {"files": [file_key(f) for f in self.files]}
 
     def pieces(self) -> Iterator[Piece]:
         for file in self.files:
@@ -97,12 +103,12 @@ class Text:
 
 
 def text_files(path: Path) -> list[Path]:
-    """The file itself, or every .txt and .md below a folder, sorted. Raises DataError if there is none."""
-    if path.is_file():
+    """The file itself, or every .txt and .md below a folder that is not empty, sorted. Raises DataError if there is none."""
+    if not path.is_dir():
         return [path]
-    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".txt", ".md") and f.is_file())
+    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".txt", ".md") and f.is_file() and f.stat().st_size)
     if not found:
-        raise DataError(f"{path} holds no .txt or .md file")
+        raise DataError(f"{path} holds no .txt or .md file with text in it")
     return found
 
 
@@ -138,7 +144,9 @@ class Shakespeare:
         try:
             with urllib.request.urlopen(self.url, timeout=30) as answer:
                 content: bytes = answer.read()
-        except (urllib.error.URLError, OSError) as error:
+        except ValueError as error:
+            raise ConfigError(f"data.corpus.url={self.url} is not an address: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
             raise IOFailure(
                 f"{self.url} could not be fetched ({getattr(error, 'reason', error)}); "
                 "give your own copy with data.corpus.path=FILE, or use data=pydocs, which needs no network"
@@ -146,10 +154,14 @@ class Shakespeare:
         found = hashlib.sha256(content).hexdigest()
         if found != self.SHA256:
             raise DataError(f"{self.url} gave a file with sha256 {found}, not {self.SHA256}; nothing was kept")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content)
-        partial.replace(self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=self.file.parent) as folder:
+                partial = Path(folder) / self.file.name
+                partial.write_bytes(content)
+                partial.replace(self.file)
+        except OSError as error:
+            raise IOFailure(f"{self.file} could not be written ({error.strerror})") from error
 
 
 @register("data/corpus", "pydocs")

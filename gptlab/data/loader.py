@@ -37,11 +37,12 @@ class Batch:
         """Micro-batches of `rows` rows."""
         if rows >= len(self.inputs):
             return [self]
-        parts = (
-            t.split(rows) if t is not None else [None] * len(self.inputs)
-            for t in (self.inputs, self.targets, self.weight, self.document)
-        )
-        return [Batch(i, t, w, d) for i, t, w, d in zip(*parts, strict=False)]  # type: ignore[arg-type]
+        found: list[Batch] = []
+        for start in range(0, len(self.inputs), rows):
+            here = slice(start, start + rows)
+            weight, document = (t[here] if t is not None else None for t in (self.weight, self.document))
+            found.append(Batch(self.inputs[here], self.targets[here], weight, document))
+        return found
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -121,17 +122,21 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int) -> Iterator[Batch]:
-    """Every token of a held-out set once as a target, in windows of `context`; or `limit` tokens in windows spread evenly."""
+    """Every token of a held-out set once as a target, in windows of `context`; or exactly `limit` of them, spread evenly.
+
+    Only the last window may be shorter than `context`; it comes in a batch of its own.
+    """
     targets = len(stream) - 1
     if targets < 1:
         raise DataError(f"a validation set has {len(stream)} tokens; it needs at least 2")
-    full = targets // context
-    wanted = min(full, -(-limit // context)) if limit else full
-    windows = [(i * full // wanted) * context for i in range(wanted)] if wanted else []
-    for i in range(0, len(windows), rows):
-        tokens = torch.from_numpy(np.stack([stream.window(s, context + 1) for s in windows[i : i + rows]]))
+    scored = min(limit, targets) if limit else targets
+    full, rest = divmod(scored, context)  # windows of `context` targets, and a shorter one
+    windows = full + (rest > 0)
+    room = -(-targets // context)
+    starts = [i * room // windows * context for i in range(windows)]
+    for i in range(0, full, rows):
+        tokens = torch.from_numpy(np.stack([stream.window(s, context + 1) for s in starts[i : min(i + rows, full)]]))
         yield Batch(tokens[:, :-1], tokens[:, 1:])
-    rest = targets - full * context
-    if rest and (not limit or not full):
-        tokens = torch.from_numpy(stream.window(full * context, rest + 1))[None]
+    if rest:
+        tokens = torch.from_numpy(stream.window(starts[-1], rest + 1))[None]
         yield Batch(tokens[:, :-1], tokens[:, 1:])

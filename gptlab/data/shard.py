@@ -22,15 +22,17 @@ from gptlab.config import codec
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import build
 from gptlab.config.schema import DataConfig
-from gptlab.data.corpus import Corpus, Piece, home, read_text, text_files
+from gptlab.data.corpus import Corpus, Piece, file_key, home, read_text, text_files
 from gptlab.data.tokenizer import Tokenizer, digest, from_json, to_json
 
 FORMAT = 1
 SHARD_TOKENS = 100_000_000
 UNIT = 1 << 20  # characters encoded at once
-# Where a text may be cut without changing its tokens: before a space between letters, after a newline between a visible
-# character and a letter. Holds for the patterns of gpt2, cl100k and o200k, and a test checks it.
-_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
+# Where a text may be cut without changing its tokens: before a space between letters, between a letter and a stop, after a
+# newline between visible characters (o200k joins a newline and a slash). Holds for gpt2, cl100k and o200k, and a test checks it.
+_CUT = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_]|[,.;:!?、。，；：！？…])|(?<=\S\n)(?=[^\s/])")
+# What two texts share by chance is short: an overlap is more than a tenth of a set's probes, stretches of so many tokens.
+PROBES, PROBE_TOKENS = 1000, 64
 Report = Callable[[int, int], None]  # characters done, characters in all
 
 
@@ -67,6 +69,8 @@ class TokenStream:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
         dtype = np.dtype(manifest["dtype"])
+        if split not in manifest["splits"]:
+            raise DataError(f"{folder}: there is no set {split!r}; there are {', '.join(manifest['splits'])}")
         self._arrays: list[npt.NDArray[Any]] = []
         for shard in manifest["splits"][split]["shards"]:
             file = folder / shard["file"]
@@ -94,7 +98,9 @@ def _verify(file: Path, shard: dict[str, Any], dtype: np.dtype[Any]) -> None:
         raise DataError(f"{file} is missing; delete {file.parent} and run again to prepare the data anew")
     expected = shard["tokens"] * dtype.itemsize
     if file.stat().st_size != expected:
-        raise DataError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected}; delete {file.parent} and run again")
+        raise DataError(
+            f"{file} has {file.stat().st_size:,} bytes, its manifest says {expected:,}; delete {file.parent} and run again"
+        )
     found = file_hash(file)
     if found != shard["sha256"]:
         raise DataError(f"{file} has sha256 {found[:12]}…, its manifest says {shard['sha256'][:12]}…; delete {file.parent} and run again")
@@ -113,32 +119,37 @@ def prepare(config: DataConfig, *, report: Report | None = None, threads: int | 
     """
     corpus: Corpus = build(config.corpus)
     extra = {name: _validation_files(name, path) for name, path in config.validation.items()}
-    key_of = {
-        "format": FORMAT,
-        "corpus": corpus.name,
-        "fingerprint": corpus.fingerprint(),
-        "tokenizer": codec.encode(config.tokenizer),
-        "validation_fraction": config.validation_fraction,
-        "validation": {name: [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in fs] for name, fs in extra.items()},
-    }
+    try:
+        key_of = {
+            "format": FORMAT,
+            "corpus": corpus.name,
+            "fingerprint": corpus.fingerprint(),
+            "tokenizer": codec.encode(config.tokenizer),
+            "validation_fraction": config.validation_fraction,
+            "validation": {name: [file_key(f) for f in files] for name, files in extra.items()},
+        }
+    except OSError as error:
+        raise IOFailure(f"{error.filename} could not be read ({error.strerror})") from error
     key = hashlib.sha256(json.dumps(key_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = home() / "data" / f"{corpus.name}-{key}"
     if (folder / "manifest.json").is_file():
         return open_prepared(folder)
     tokenizer: Tokenizer = build(config.tokenizer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(temporary, corpus, tokenizer, config.validation_fraction, extra, report, threads or os.cpu_count() or 1)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process made the same folder first: theirs is as good
-            if not (folder / "manifest.json").is_file():
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            made = Path(temporary) / "made"
+            made.mkdir()
+            _write(made, corpus, tokenizer, config.validation_fraction, extra, report, threads or os.cpu_count() or 1)
+            if folder.exists() and not (folder / "manifest.json").exists():
+                shutil.rmtree(folder)  # somebody deleted a part of it
+            try:
+                made.rename(folder)
+            except OSError:  # another process made the same folder first: theirs is as good
+                if not (folder / "manifest.json").is_file():
+                    raise
     except OSError as error:
-        raise IOFailure(f"{folder}: could not be written ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise IOFailure(f"{folder} could not be written ({error.strerror or error})") from error
     return open_prepared(folder)
 
 
@@ -154,15 +165,21 @@ def _validation_files(name: str, path: str) -> list[Path]:
 def open_prepared(folder: Path) -> Prepared:
     """Open a prepared folder. Raises DataError when its manifest or tokeniser does not match."""
     file = folder / "manifest.json"
+    mend = f"delete {folder} and run again"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{file} has format {manifest['format']!r}, this gptlab reads format {FORMAT}; {mend}")
+        expected = manifest["tokenizer"]["sha256"]
         tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), str(folder / "tokenizer.json"))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: its manifest or tokeniser cannot be read ({error}); delete the folder and run again") from error
-    if manifest.get("format") != FORMAT:
-        raise DataError(f"{file}: format {manifest.get('format')!r}; this gptlab reads format {FORMAT}")
-    if manifest["tokenizer"]["sha256"] != digest(tokenizer):
-        raise DataError(f"{folder}: tokenizer.json is not the tokeniser of the manifest; delete the folder and run again")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: its manifest or tokeniser cannot be read ({type(error).__name__}: {error}); {mend}") from error
+    found = digest(tokenizer)
+    if found != expected:
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is {tokenizer.name} with sha256 {found[:12]}…, "
+            f"its manifest says {manifest['tokenizer'].get('name')} with {expected[:12]}…; {mend}"
+        )
     return Prepared(folder, manifest, tokenizer)
 
 
@@ -210,7 +227,7 @@ def _write(
         for name, files in extra.items():
             pieces = (piece for file in files for piece in read_text(file))
             splits[name] = _write_split(folder, name, pieces, tokenizer, dtype, pool, threads, tell)
-    _refuse_overlap(splits)
+    _refuse_overlap(folder, splits, dtype)
     manifest = {
         "format": FORMAT,
         "corpus": corpus.name,
@@ -223,23 +240,58 @@ def _write(
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _refuse_overlap(splits: dict[str, Any]) -> None:
-    seen: dict[str, str] = {}
-    for name, split in splits.items():
-        for shard in split["shards"]:
-            other = seen.setdefault(shard["sha256"], name)
-            if other != name:
-                raise DataError(f"the sets {other} and {name} hold the same tokens; a validation set must be text that is not trained on")
+def _refuse_overlap(folder: Path, splits: dict[str, Any], dtype: np.dtype[Any]) -> None:
+    """Raise DataError when a set of data.validation is trained on: look its probes up in the training tokens."""
+    wanted = {name: _probes(folder, split, dtype) for name, split in splits.items() if name not in ("train", "val")}
+    if not wanted:
+        return
+    sought = np.unique(np.concatenate(list(wanted.values())))
+    seen = np.zeros(len(sought), bool)
+    for tokens in _stretches(folder, splits["train"], dtype):
+        here = _window_hashes(tokens)
+        place = np.minimum(np.searchsorted(sought, here), len(sought) - 1)
+        seen[place[sought[place] == here]] = True
+    for name, probes in wanted.items():
+        found = seen[np.searchsorted(sought, probes)].mean() if len(probes) else 0.0
+        if found > 0.1:
+            raise DataError(
+                f"data.validation.{name}: {found:.0%} of it stands in the training text too; "
+                "a validation set must be text that is not trained on"
+            )
+
+
+def _probes(folder: Path, split: dict[str, Any], dtype: np.dtype[Any]) -> npt.NDArray[np.uint64]:
+    """Hashes of up to PROBES stretches of PROBE_TOKENS, spread over a set; a shorter set has none."""
+    stream = TokenStream(folder, {"dtype": dtype.str, "splits": {"this": split}}, "this")
+    starts = np.unique(np.linspace(0, max(0, len(stream) - PROBE_TOKENS), PROBES, dtype=np.int64))
+    if len(stream) < PROBE_TOKENS:
+        return np.zeros(0, np.uint64)
+    return np.concatenate([_window_hashes(stream.window(int(s), PROBE_TOKENS)) for s in starts])
+
+
+def _stretches(folder: Path, split: dict[str, Any], dtype: np.dtype[Any]) -> Iterator[npt.NDArray[np.int64]]:
+    stream = TokenStream(folder, {"dtype": dtype.str, "splits": {"this": split}}, "this")
+    for start in range(0, len(stream) - PROBE_TOKENS + 1, UNIT):
+        yield stream.window(start, min(UNIT + PROBE_TOKENS - 1, len(stream) - start))
+
+
+def _window_hashes(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A hash of each stretch of PROBE_TOKENS (a power of 2), made by joining neighbours of 1, 2, 4 … tokens."""
+    found, width, factor = tokens.astype(np.uint64) + np.uint64(1), 1, 0x9E3779B97F4A7C15
+    while width < PROBE_TOKENS:
+        found = found[:-width] * np.uint64(factor) + found[width:]
+        width, factor = 2 * width, factor * factor % (1 << 64)
+    return found
 
 
 def _between(pieces: Iterable[Piece], start: int, end: int) -> Iterator[Piece]:
-    """The part of a text from one character to another; a document over the border is cut there."""
+    """The part of a text from one character to another; a document over the border is cut, and so ends, there."""
     at = 0
     for text, last in pieces:
         low, high = max(start - at, 0), min(end - at, len(text))
-        if low < high:
-            yield text[low:high], last or high < len(text)
         at += len(text)
+        if low < high or (last and start < at <= end):
+            yield text[low:high], last or at >= end
         if at >= end:
             return
 
@@ -251,24 +303,24 @@ def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     held = ""
     for text, last in pieces:
         held += text
+        while len(held) >= UNIT and (not last or len(held) >= 2 * UNIT):
+            # Search backwards in growing stretches; a text with no safe place at all is cut where it stands.
+            cut = next((c for back in (1 << 10, 1 << 14, UNIT) if (c := _last_cut(held, UNIT - back, UNIT))), UNIT)
+            yield [*unit, (held[:cut], False)]
+            unit, size, held = [], 0, held[cut:]
         if last:
             unit.append((held, True))
             size, held = size + len(held), ""
             if size >= UNIT:
                 yield unit
                 unit, size = [], 0
-        elif len(held) >= UNIT:
-            # Search backwards in growing stretches; a text with no safe place at all is cut where it stands.
-            cut = next((c for back in (1 << 10, 1 << 14, UNIT) if (c := _last_cut(held, len(held) - back))), len(held))
-            yield [*unit, (held[:cut], False)]
-            unit, size, held = [], 0, held[cut:]
     if unit:
         yield unit
 
 
-def _last_cut(text: str, start: int) -> int:
+def _last_cut(text: str, start: int, end: int) -> int:
     found = 0
-    for match in _CUT.finditer(text, max(start, 1), len(text) - 1):
+    for match in _CUT.finditer(text, max(start, 1), end):
         found = match.start()
     return found
 
@@ -337,14 +389,14 @@ class _ShardWriter:
 
     def write(self, ids: npt.NDArray[Any]) -> None:
         while len(ids):
+            if self.tokens == SHARD_TOKENS:
+                self.close()
+                self._open()
             part, ids = ids[: SHARD_TOKENS - self.tokens], ids[SHARD_TOKENS - self.tokens :]
             data = part.tobytes()
             self.file.write(data)
             self.hash.update(data)
             self.tokens += len(part)
-            if self.tokens == SHARD_TOKENS:
-                self.close()
-                self._open()
 
     def close(self) -> None:
         self.file.flush()

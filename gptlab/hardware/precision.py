@@ -16,6 +16,6 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
-def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:  # type: ignore[name-defined]
+def scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """fp16's loss scaler; for the other formats one that does nothing."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -14,7 +14,8 @@ from gptlab.config.registry import register
 from gptlab.model.context import Context
 from gptlab.model.kernel import Kernel
 from gptlab.model.linear import FusedLinear, OutputLinear
-from gptlab.model.mask import causal, window as window_mask, within_documents
+from gptlab.model.mask import causal, within_documents
+from gptlab.model.mask import window as window_mask
 
 
 @register("model/attention", "multihead")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -38,7 +40,7 @@ class Tied(nn.Module):
 class Untied(nn.Module):
     """Logits by a matrix of their own."""
 
-    roles = {"weight": "head"}
+    roles: ClassVar[dict[str, str]] = {"weight": "head"}
 
     def __init__(self, width: int, vocabulary: int, *, soft_cap: float | None = None) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ def undrawn() -> Iterator[None]:
     kept = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Embedding)}
     try:
         for kind in kept:
-            kind.reset_parameters = lambda self: None  # type: ignore[assignment, method-assign]
+            kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
         yield
     finally:
         for kind, reset in kept.items():
-            kind.reset_parameters = reset  # type: ignore[assignment, method-assign]
+            kind.reset_parameters = reset  # type: ignore[method-assign]

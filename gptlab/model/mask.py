@@ -13,7 +13,7 @@ from torch import Tensor
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, "..."]:
+def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
     """No token sees a later one."""
     return i >= j
 
@@ -21,7 +21,7 @@ def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, "..."]:
 def window(size: int) -> Mask:
     """Causal, and only the last `size` tokens (the token itself among them)."""
 
-    def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, "..."]:
+    def windowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
         return (i >= j) & (i - j < size)
 
     return windowed
@@ -30,7 +30,7 @@ def window(size: int) -> Mask:
 def within_documents(mask: Mask, document: Int[Tensor, "b t"]) -> Mask:
     """`mask`, and no token sees another document. For rows whose keys are the queries (no cache)."""
 
-    def separated(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, "..."]:
+    def separated(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
         return mask(b, h, i, j) & (document[b, i] == document[b, j])
 
     return separated

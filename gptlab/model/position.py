@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -63,6 +64,8 @@ class Learned(Position):
 class Sinusoidal(Position):
     """Fixed sines and cosines added to the embedding (Vaswani et al., 2017)."""
 
+    frequency: Tensor
+
     def __init__(self, width: int, *, base: float = 10_000.0, amplitude: float = 0.02) -> None:
         super().__init__()
         self.amplitude = amplitude  # the size of the token embeddings they are added to
@@ -79,6 +82,9 @@ class Sinusoidal(Position):
 @register("model/position", "rotary")
 class Rotary(Position):
     """Rotary embeddings (Su et al., 2021): q and k turn with their position, so that scores see only distances."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_width: int, context_length: int, *, base: float = 10_000.0) -> None:
         super().__init__()
@@ -115,6 +121,8 @@ def _turn(x: Float[Tensor, "b h t k"], cos: Tensor, sin: Tensor) -> Float[Tensor
 class Alibi(Position):
     """ALiBi (Press et al., 2022): scores fall linearly with distance, each head at its own slope."""
 
+    slopes: Tensor
+
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.register_buffer("slopes", _slopes(heads), persistent=False)
@@ -124,7 +132,7 @@ class Alibi(Position):
         return self.slopes[head] * (j - i)
 
 
-def _slopes(heads: int) -> Float[Tensor, "h"]:  # noqa: F821
+def _slopes(heads: int) -> Float[Tensor, " h"]:
     """2^(-8/n), 2^(-16/n), … for n heads; other counts take the odd ones of twice the power of two below."""
     power = 2 ** int(math.log2(heads))
     first = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -136,7 +144,7 @@ def _slopes(heads: int) -> Float[Tensor, "h"]:  # noqa: F821
 class T5(Position):
     """T5's relative bias (Raffel et al., 2020): a learned score per head and bucket of distance."""
 
-    roles = {"table": "bias"}
+    roles: ClassVar[dict[str, str]] = {"table": "bias"}
 
     def __init__(self, heads: int, *, buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()

@@ -7,6 +7,8 @@ Shapes: b batch, t tokens, d width, h heads, g key/value heads, k head width, v 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -27,6 +29,8 @@ class Transformer(nn.Module):
 
     Raises ConfigError where the parts do not fit (heads that do not divide the width, …).
     """
+
+    order: Tensor
 
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
@@ -76,10 +80,8 @@ class Transformer(nn.Module):
         """The stream after the last norm, before the head."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        if end <= self.order.shape[1]:
-            order = self.order[:, start:end]
-        else:
-            order = torch.arange(start, end, device=tokens.device)[None]
+        fits = end <= self.order.shape[1]
+        order = self.order[:, start:end] if fits else torch.arange(start, end, device=tokens.device)[None]
         if positions is None:
             self.position.reach(end)
             positions = order
@@ -109,13 +111,13 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache that fits this model's attention, on its device and in its dtype."""
-        attention = [block.attention for block in self.blocks]
+        attention: list[Any] = [block.attention for block in self.blocks]
         return KVCache(
             batch,
             capacity,
             layers=len(attention),
-            kv_heads=int(attention[0].kv_heads) if attention else 1,  # type: ignore[arg-type]
-            head_width=int(attention[0].head_width) if attention else 1,  # type: ignore[arg-type]
+            kv_heads=attention[0].kv_heads if attention else 1,
+            head_width=attention[0].head_width if attention else 1,
             device=self.embedding.weight.device,
             dtype=self.embedding.weight.dtype,
         )

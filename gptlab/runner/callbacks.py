@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -142,7 +142,7 @@ class Kernels(Callback):
         model, config = trainer.model, trainer.config
         stream = trainer.data.stream("val")
         batch = next(evaluation_batches(stream, config.model.context_length, 0, trainer.micro_batch)).to(trainer.device)
-        attentions = [m for m in model.modules() if hasattr(m, "kernel")]
+        attentions: list[Any] = [m for m in model.modules() if hasattr(m, "kernel")]
         if not attentions:
             raise ConfigError("callback=kernels compares attention kernels; this model has none")
         own = [attention.kernel for attention in attentions]
@@ -164,6 +164,6 @@ class Kernels(Callback):
             found[f"kernel/{component.name}/difference"] = float((logits - reference).abs().max())
             found[f"kernel/{component.name}/forward_ms"] = 1000 * sorted(times)[len(times) // 2]
         for attention, kernel in zip(attentions, own, strict=True):
-            attention.kernel = kernel  # type: ignore[assignment]
+            attention.kernel = kernel
         model.train()
         trainer.record(found)

@@ -102,7 +102,8 @@ def locked(run: Run) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise GptlabError(f"{run.directory} is being trained by {file.read().strip() or 'another process'}; wait for it or stop it") from None
+            by = file.read().strip() or "another process"
+            raise GptlabError(f"{run.directory} is being trained by {by}; wait for it or stop it") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -125,24 +126,26 @@ def holder(directory: Path) -> str | None:
     return None
 
 
-def make_run(config: Config, identity: str) -> Run:
-    """The run's directory: found by its identity in any study, or made."""
+def run_of(config: Config, identity: str) -> Run:
+    """The run of an identity: where it lies, in whatever study, or where it will. Nothing is made."""
     known = next((r for r in all_runs() if r.identity == identity), None)
-    if known is not None:
-        return known
-    directory = runs_root() / config.study / f"{config.name or 'base'}-{identity}"
+    return known or Run(runs_root() / config.study / f"{config.name or 'base'}-{identity}")
+
+
+def make_directory(run: Run) -> None:
+    """Make the run's directory. Raises IOFailure."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        run.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise IOFailure(f"{directory} could not be made ({error.strerror}); GPTLAB_RUNS=FOLDER puts runs elsewhere") from error
-    return Run(directory)
+        raise IOFailure(f"{run.directory} could not be made ({error.strerror}); GPTLAB_RUNS=FOLDER puts runs elsewhere") from error
 
 
 def join_study(run: Run, config: Config, *, arm: str, settings: dict[str, str], job: int) -> None:
     """Note in the study's folder that it compares this run. `arm` names the config less its seeds."""
     folder = runs_root() / config.study
     folder.mkdir(parents=True, exist_ok=True)
-    line = {"identity": run.identity, "name": config.name, "arm": arm, "settings": settings, "seed": config.seed, "job": job, "time": time.time()}
+    line = {"identity": run.identity, "name": config.name, "arm": arm, "settings": settings, "seed": config.seed, "job": job}
+    line["time"] = time.time()
     with (folder / MEMBERS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -161,7 +164,7 @@ def all_runs() -> list[Run]:
     root = runs_root()
     if not root.is_dir():
         return []
-    found = [Run(d) for s in root.iterdir() if s.is_dir() and not s.name.startswith(".") for d in s.iterdir() if (d / "config.json").is_file()]
+    found = [Run(f.parent) for f in root.glob("*/*/config.json")]
     return sorted(found, key=lambda r: ((r.directory / "config.json").stat().st_mtime, r.directory.name))
 
 
@@ -186,8 +189,8 @@ def find_run(reference: str) -> Run:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        some = ", ".join(f"{r.study}/{r.directory.name}" for r in matches[:4])
-        raise ConfigError(f"{reference!r} matches {len(matches)} runs ({some}{', …' if len(matches) > 4 else ''}); give more of the identity")
+        some = ", ".join(f"{r.study}/{r.directory.name}" for r in matches[:4]) + (", …" if len(matches) > 4 else "")
+        raise ConfigError(f"{reference!r} matches {len(matches)} runs ({some}); give more of the identity")
     known = [r.identity for r in runs] + [r.directory.name for r in runs]
     raise ConfigError(f"no run matches {reference!r}{suggest(reference, known)}; `gptlab runs list` shows them")
 
@@ -208,9 +211,8 @@ def remove_run(run: Run) -> None:
     if held:
         raise GptlabError(f"{run.directory} is being trained by {held}; stop it first")
     shutil.rmtree(run.directory)
-    with contextlib.suppress(OSError):
-        (run.directory.parent / MEMBERS).unlink() if not any(run.directory.parent.glob("*/config.json")) else None
-        run.directory.parent.rmdir()
+    if not any(run.directory.parent.glob("*/config.json")):
+        shutil.rmtree(run.directory.parent)  # the study's last run: its list and pictures are of nothing
 
 
 def now() -> str:

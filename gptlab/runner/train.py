@@ -6,20 +6,19 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-
 from gptlab.config import codec
-from gptlab.config.errors import GptlabError, IOFailure, Stopped
+from gptlab.config.errors import ConfigError, GptlabError, IOFailure, Stopped
 from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.shard import Prepared, prepare
 from gptlab.hardware.device import machine, peak_memory
-from gptlab.model.transformer import meta_model
 from gptlab.runner import checkpoint
 from gptlab.runner.environment import environment, source_hash
-from gptlab.runner.run import Run, join_study, locked, make_run, now
+from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker.console import RunProgress, console, say
 from gptlab.tracker.jsonl import MetricsFile
@@ -46,26 +45,33 @@ def train(
     """
     data = _prepare(config)
     resolved = resolve(config, machine())
-    meta_model(resolved.model, data.manifest["tokenizer"]["vocabulary"])  # what does not fit is said before anything is made
     outside = codec.outside_sources(resolved)
     identity = codec.identity(resolved, data.hash, outside)
-    run = make_run(resolved, identity)
-    made_here = not (run.directory / "config.json").exists()
+    run = run_of(resolved, identity)
     title = title or resolved.name or "base"
+    arm = arm_of(resolved, data.hash, outside)
+    done = run.read("done.json")
+    if done is not None and not rerun:
+        join_study(run, resolved, arm=arm, settings=settings or {}, job=job)
+        return _skip(run, done, title)
+    trainer = _built(resolved, data, run)  # what cannot be built is said before anything is made
+    make_directory(run)
+    with locked(run), _Log(run):
+        join_study(run, resolved, arm=arm, settings=settings or {}, job=job)
+        if rerun:
+            _clear(run)
+        return _train(trainer, title)
+
+
+def _built(config: Config, data: Prepared, run: Run) -> Trainer:
     try:
-        with locked(run):
-            join_study(run, resolved, arm=arm_of(resolved, data.hash, outside), settings=settings or {}, job=job)
-            if rerun:
-                _clear(run)
-            done = run.read("done.json")
-            if done is not None:
-                return _skip(run, done, title)
-            with _log(run):
-                return _train(resolved, data, run, title)
-    except GptlabError:
-        if made_here and not (run.directory / "config.json").exists():
-            _remove_empty(run)
+        return Trainer(config, data, run)
+    except (GptlabError, OSError):
         raise
+    except Exception as error:  # a component of the user's may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise ConfigError(f"the model could not be built: {type(error).__name__}: {error} ({place})") from error
 
 
 def arm_of(config: Config, manifest_hash: str, outside: dict[str, str]) -> str:
@@ -97,17 +103,7 @@ def _clear(run: Run) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _remove_empty(run: Run) -> None:
-    """Take back the directory of a run that never began."""
-    try:
-        (run.directory / ".lock").unlink(missing_ok=True)
-        run.directory.rmdir()
-        (run.directory.parent).rmdir()
-    except OSError:
-        pass  # another run lives there
-
-
-class _log:
+class _Log:
     """Writes a failure to the run's log.txt and failed.json, warnings to log.txt, and passes every exception on."""
 
     def __init__(self, run: Run) -> None:
@@ -115,7 +111,7 @@ class _log:
 
     def __enter__(self) -> None:
         self._show = warnings.showwarning
-        warnings.showwarning = self._warn
+        warnings.showwarning = self._warn  # type: ignore[assignment]
 
     def _warn(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         self._append(f"{category.__name__}: {message} ({filename}:{lineno})\n")
@@ -143,8 +139,8 @@ class _log:
             raise GptlabError(f"{type(error).__name__}: {first}; the traceback is in {self.run.directory / 'log.txt'}") from error
 
 
-def _train(config: Config, data: Prepared, run: Run, title: str) -> Outcome:
-    trainer = Trainer(config, data, run)
+def _train(trainer: Trainer, title: str) -> Outcome:
+    config, data, run = trainer.config, trainer.data, trainer.run
     complaints = trainer.resume()
     run.write("config.json", codec.to_json(config))
     run.write("data.json", {"folder": str(data.folder), "hash": data.hash, "manifest": data.manifest})
@@ -170,8 +166,8 @@ def _train(config: Config, data: Prepared, run: Run, title: str) -> Outcome:
         summary = _summary(trainer)
         code = 0
         run.write("done.json", {"summary": summary, "finished": now(), "source": source_hash()})
-        rate = summary["train/tokens_per_second"]
-        say(f"[green]✓[/] {title}  val {summary.get('val/loss', float('nan')):.4f}  [dim]{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s[/]")
+        loss, rate = summary.get("val/loss", float("nan")), summary["train/tokens_per_second"]
+        say(f"[green]✓[/] {title}  val {loss:.4f}  [dim]{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s[/]")
         return Outcome(run, "done", message=f"done in {trainer.state.wall:.1f} s")
     except GptlabError as error:
         code = error.code

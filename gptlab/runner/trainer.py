@@ -53,10 +53,10 @@ class Trainer:
         self.device = set_up(config.hardware)
         vocabulary = data.manifest["tokenizer"]["vocabulary"]
         seeds, context = config.seeds, config.model.context_length
-        assert seeds.init is not None and seeds.data is not None and seeds.dropout is not None
-        assert isinstance(config.trainer.batch_tokens, int) and isinstance(config.hardware.micro_batch, int)
-        self.loader = Loader(data.stream("train"), context, config.trainer.batch_tokens // context, seeds.data)
-        model = new_model(config.model, vocabulary, seeds.init)
+        self.batch_tokens, self.micro_batch = int(config.trainer.batch_tokens), int(config.hardware.micro_batch)
+        init_seed, data_seed, dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
+        self.loader = Loader(data.stream("train"), context, self.batch_tokens // context, data_seed)
+        model = new_model(config.model, vocabulary, init_seed)
         self.model: Transformer = build(config.hardware.strategy).place(model, self.device)
         self.optimizer: torch.optim.Optimizer = build(
             config.optimizer, groups=parameter_groups(self.model, self.model.roles()), device=self.device
@@ -65,7 +65,6 @@ class Trainer:
         self.schedule = build(config.schedule)
         self.objective = build(config.objective)
         self.scaler = scaler(self.device, config.hardware.precision)
-        self.batch_tokens, self.micro_batch = config.trainer.batch_tokens, config.hardware.micro_batch
         self.flops_per_token = flops_per_token(self.model)
         self.parameters = count_parameters(self.model)["total"]
         budget = parse_budget(config.trainer.budget)
@@ -81,14 +80,12 @@ class Trainer:
         self.state = State()
         self.latest: Metrics = {}  # the newest value of everything measured
         self._stop: int | None = None
-        self._metrics: MetricsFile | None = None
-        self._tracker: Tracker | None = None
-        self._progress: RunProgress | None = None
-        torch.manual_seed(seeds.dropout)
+        self._sinks: tuple[Callable[[Metrics], None], ...] = ()
+        torch.manual_seed(dropout_seed)
 
     def train(self, metrics: MetricsFile, tracker: Tracker, progress: RunProgress) -> None:
         """Run to the end of the budget. Raises Stopped after a signal (with a checkpoint), DivergedError on a loss that is not finite."""
-        self._metrics, self._tracker, self._progress = metrics, tracker, progress
+        self._sinks = (metrics.write, tracker.log, progress.update)
         started, wall = time.perf_counter(), self.state.wall
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
         self.model.train()
@@ -143,7 +140,7 @@ class Trainer:
         for part in batch.split(self.micro_batch):
             with autocast(self.device, self.config.hardware.precision):
                 loss = self.forward(part.to(self.device)) / weight
-            self.scaler.scale(loss).backward()
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         clip = self.config.trainer.gradient_clip
@@ -183,10 +180,8 @@ class Trainer:
             callback.on_record(self, measured)
         line.update(measured)
         self.latest.update(line)
-        assert self._metrics and self._tracker and self._progress
-        self._metrics.write(line)
-        self._tracker.log(line)
-        self._progress.update(line)
+        for sink in self._sinks:
+            sink(line)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step."""

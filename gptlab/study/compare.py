@@ -8,6 +8,7 @@ from typing import Any
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
+from gptlab.config.slots import SLOTS
 from gptlab.runner.run import Run, all_runs, find_study, members
 from gptlab.study.statistics import Interval, deviation, mean_interval, seeds_to_settle
 
@@ -47,6 +48,7 @@ class Row:
     seconds: float
     tokens_per_second: float
     peak_memory: float
+    extra: dict[str, float]  # whatever else was measured at the end, mean of the seeds
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def collect(study: str) -> tuple[list[Arm], list[str]]:
     left_out: dict[str, int] = defaultdict(int)
     for member in members(study):
         run = by_identity.get(member["identity"])
-        arm = arms.setdefault(member["arm"], Arm(member["arm"], "", {k: v for k, v in member["settings"].items() if not _is_seed(k)}))
+        settings = {k: v for k, v in member["settings"].items() if not _is_seed(k)}
+        arm = arms.setdefault(member["arm"], Arm(member["arm"], "", settings))
         done = run.read("done.json") if run else None
         if run is None or done is None:
             left_out[run.state if run else "removed"] += 1
@@ -91,12 +94,16 @@ def _label(arms: list[Arm]) -> None:
     """Name each arm by what its settings do not share with every other arm; one without any is the base."""
     shared = set.intersection(*(set(a.settings.items()) for a in arms)) if arms else set()
     for arm in arms:
-        own = [f"{k.rpartition('/')[2].rpartition('.')[2]}={v}" for k, v in arm.settings.items() if (k, v) not in shared]
-        arm.label = " ".join(own) or "base"
+        arm.label = " ".join(_word(k, v) for k, v in arm.settings.items() if (k, v) not in shared) or "base"
     labels = [a.label for a in arms]
     for arm in arms:
         if labels.count(arm.label) > 1:
             arm.label = f"{arm.label} ({arm.key[:4]})"
+
+
+def _word(key: str, value: str) -> str:
+    """A component or recipe speaks for itself (`rmsnorm`); a value needs its key (`learning_rate=0.01`)."""
+    return value if key in SLOTS or key in ("model", "data", "hardware") else f"{key.rpartition('.')[2]}={value}"
 
 
 def compare(study: str, *, baseline: str | None = None) -> Comparison:
@@ -120,7 +127,8 @@ def _baseline(arms: list[Arm], named: str | None) -> Arm:
     for arm in arms:
         if named in (arm.label, arm.label.replace(" ", ","), arm.key):
             return arm
-    raise ConfigError(f"--baseline {named!r} is not an arm{suggest(named, [a.label for a in arms])}; there are: {'; '.join(a.label for a in arms)}")
+    labels = [a.label for a in arms]
+    raise ConfigError(f"--baseline {named!r} is not an arm{suggest(named, labels)}; there are: {'; '.join(labels)}")
 
 
 def _row(arm: Arm, base: Arm) -> Row:
@@ -147,7 +155,14 @@ def _row(arm: Arm, base: Arm) -> Row:
         seconds=arm.mean("seconds") or 0.0,
         tokens_per_second=arm.mean("train/tokens_per_second") or 0.0,
         peak_memory=arm.mean("memory/peak_bytes") or 0.0,
+        extra={name: value for name in _extra_names(arm) if (value := arm.mean(name)) is not None},
     )
+
+
+def _extra_names(arm: Arm) -> list[str]:
+    standard = ("train/", "memory/")
+    names = {n for s in arm.summaries.values() for n in s if "/" in n and n != METRIC and not n.startswith(standard)}
+    return sorted(names)
 
 
 def _comparable(arms: list[Arm]) -> list[str]:
@@ -167,14 +182,15 @@ def _comparable(arms: list[Arm]) -> list[str]:
             hardware = environment.get("hardware", {})
             facts["hardware"].add(f"{hardware.get('gpu') or hardware.get('cpu')} {hardware.get('device')}")
     if len(measured) > 1:
-        raise ConfigError(f"the arms {' and '.join(repr(a) for a in measured.values())} were measured on different validation tokens: their losses cannot be compared")
-    limits = {arm.label: _validation_tokens(arm) for arm in arms}
+        names = " and ".join(repr(a) for a in measured.values())
+        raise ConfigError(f"the arms {names} were measured on different validation tokens: their losses cannot be compared")
+    limits = {arm.label: _setting(arm, "data", "validation_tokens") for arm in arms}
     if len(set(limits.values())) > 1:
-        raise ConfigError(f"the arms were measured on different numbers of validation tokens (data.validation_tokens: {limits}); use one for all")
+        raise ConfigError(f"the arms were measured on different numbers of tokens (data.validation_tokens: {limits}); use one for all")
     for what, values in facts.items():
         if len(values) > 1:
             notes.append(f"mixed {what}: {', '.join(sorted(values))}")
-    contexts = {arm.label: next(iter(arm.runs.values())).config().model.context_length for arm in arms}
+    contexts = {arm.label: _setting(arm, "model", "context_length") for arm in arms}
     if len(set(contexts.values())) > 1:
         notes.append(f"different context lengths ({contexts}): a longer one sees more before each token it is scored on")
     counts = {len(arm.runs) for arm in arms}
@@ -185,7 +201,6 @@ def _comparable(arms: list[Arm]) -> list[str]:
     return notes
 
 
-def _validation_tokens(arm: Arm) -> int:
-    return next(iter(arm.runs.values())).config().data.validation_tokens
-
-
+def _setting(arm: Arm, part: str, name: str) -> Any:
+    """A plain value of the arm's config, read as JSON: comparing must not import a model."""
+    return (next(iter(arm.runs.values())).read("config.json") or {}).get("config", {}).get(part, {}).get(name)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from gptlab.study.compare import METRIC, Arm, Comparison, Row, collect
 from gptlab.study.statistics import Interval
+from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import curve
 
-HEADERS = ("arm", "seeds", "val/loss", "difference (95 %)", "parameters", "tokens/s", "seconds")
+HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "parameters", "tokens/s")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -24,7 +26,6 @@ def cells(row: Row) -> tuple[str, ...]:
         "baseline" if row.baseline else difference(row.difference),
         f"{row.parameters:,}",
         f"{row.tokens_per_second:,.0f}",
-        f"{row.seconds:.1f}",
     )
 
 
@@ -37,7 +38,14 @@ def difference(interval: Interval | None) -> str:
 
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal: better is green, worse red, undecided plain."""
-    shown = Table(title=f"{comparison.study}: {comparison.metric} at the last step", title_justify="left", title_style="bold")
+    shown = Table(
+        title=f"{comparison.study}: {comparison.metric} at the last step",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, header in enumerate(HEADERS):
         shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in comparison.rows:
@@ -46,6 +54,30 @@ def table(comparison: Comparison) -> Table:
             values[3] = Text(str(values[3]), style="green" if row.difference.mean < 0 else "red")
         shown.add_row(*values)
     return shown
+
+
+def extras(comparison: Comparison) -> Table | None:
+    """What else was measured at the end (further validation sets, kernels), a row a metric; None if nothing was."""
+    names = sorted({name for row in comparison.rows for name in row.extra})
+    if not names:
+        return None
+    shown = Table(title="also measured, mean of the seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("metric")
+    for row in comparison.rows:
+        shown.add_column(row.label, justify="right")
+    for name in names:
+        shown.add_row(name, *(f"{row.extra[name]:.4g}" if name in row.extra else "" for row in comparison.rows))
+    return shown
+
+
+def show(comparison: Comparison) -> None:
+    """Print the comparison: its table, what else was measured, and its remarks."""
+    console.print(table(comparison))
+    more = extras(comparison)
+    if more is not None:
+        console.print(more)
+    for remark in remarks(comparison):
+        say(f"[dim]  {remark}[/]")
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -57,7 +89,8 @@ def remarks(comparison: Comparison) -> list[str]:
             found.append(f"{row.label}: no difference beyond ± {row.difference.half:.4f}; {more}")
     gains = [row.pairing_gain for row in comparison.rows if row.pairing_gain]
     if gains:
-        found.append(f"pairing by seed narrowed the differences {min(gains):.1f} to {max(gains):.1f} times" if len(gains) > 1 else f"pairing by seed narrowed the difference {gains[0]:.1f} times")
+        times = f"{min(gains):.1f}" if len(gains) == 1 else f"{min(gains):.1f} to {max(gains):.1f}"
+        found.append(f"pairing by seed: the spread of the differences is {times} times smaller than unpaired")
     return found + comparison.notes
 
 
@@ -65,12 +98,16 @@ def markdown(comparison: Comparison) -> str:
     """The comparison as a markdown table with its remarks."""
     lines = [" | ".join(("", *HEADERS, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(HEADERS) - 1)) + "|"]
     lines += [" | ".join(("", *cells(row), "")).strip() for row in comparison.rows]
-    return "\n".join([*lines, "", *(f"- {r}" for r in remarks(comparison))]).rstrip() + "\n"
+    notes = remarks(comparison)
+    for name in sorted({name for row in comparison.rows for name in row.extra}):
+        values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)
+        notes.append(f"{name}: {values}")
+    return "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
 
 
 # Okabe & Ito's palette, told apart by the colour-blind; black is the baseline's.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-_STYLES = ("-", "--", ":", "-.")
+_STYLES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
 
 def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) -> Path:
@@ -94,13 +131,16 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
             continue
         mean = [sum(by_step[s]) / len(by_step[s]) for s in steps]
         colour = _COLOURS[i % len(_COLOURS)]
-        axes.plot(steps, mean, _STYLES[i // len(_COLOURS) % len(_STYLES)], color=colour, linewidth=1.6, marker="o", markersize=2.5)
+        # Dashes let a line that lies on another be seen.
+        axes.plot(steps, mean, linestyle=_STYLES[i % len(_STYLES)], color=colour, linewidth=1.6, marker="o", markersize=2.5)
         axes.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=colour, alpha=0.15, linewidth=0)
         ends.append((mean[-1], f"{arm.label}  {mean[-1]:.3f}", colour))
         lowest, highest = min(lowest, *mean), max(highest, *mean)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{METRIC} (nats a token)")
-    axes.set_title(f"{study}: mean of {max((len(a.runs) for a in found), default=0)} seeds, band from lowest to highest", loc="left", fontsize=10)
+    seeds = max((len(arm.runs) for arm in found), default=0)
+    title = f"{study}: mean of {seeds} seeds, band from lowest to highest" if seeds > 1 else study
+    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     # Each line is named at its end; names that would overlap are pushed apart.

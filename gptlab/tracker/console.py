@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -12,6 +13,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from gptlab.tracker.protocol import Metrics
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
+
+
+_SHOWN = (
+    ("loss", "train/loss", "{:.3f}"),
+    ("val", "val/loss", "{:.4f}"),
+    ("rate", "train/tokens_per_second", "{:,.0f} tokens/s"),
+)
 
 
 class RunProgress:
@@ -22,7 +30,7 @@ class RunProgress:
         self.live = console.is_terminal and not os.environ.get("GPTLAB_QUIET")
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._shown: dict[str, str] = {"loss": "", "val": "", "rate": ""}
+        self._shown: dict[str, Any] = {"loss": "", "val": "", "rate": ""}
 
     def __enter__(self) -> RunProgress:
         if self.live:
@@ -48,7 +56,7 @@ class RunProgress:
         """Show what is new in a line of metrics."""
         if self._progress is None or self._task is None:
             return
-        for key, name, form in (("loss", "train/loss", "{:.3f}"), ("val", "val/loss", "{:.4f}"), ("rate", "train/tokens_per_second", "{:,.0f} tokens/s")):
+        for key, name, form in _SHOWN:
             if name in metrics:
                 self._shown[key] = form.format(metrics[name])
         self._progress.update(self._task, completed=float(metrics["step"]), **self._shown)

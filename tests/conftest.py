@@ -1,0 +1,79 @@
+"""What every test shares: folders of its own, no network, two threads, and texts that may be missing."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+WORDS = "the a king queen and of night day sings reads builds small great model token table light river stone under over again".split()
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def home_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's $GPTLAB_HOME: data prepared by one test is found by the next."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def own_folders(home_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's data and runs, and none asks a network."""
+    monkeypatch.setenv("GPTLAB_HOME", str(home_folder))
+    monkeypatch.setenv("GPTLAB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("GPTLAB_PLUGINS", raising=False)
+    cache = SHARED / "data" / "tiktoken_cache"
+    if cache.is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+
+
+@pytest.fixture
+def empty_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A $GPTLAB_HOME of this test's own, with nothing in it."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("GPTLAB_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_text() -> Callable[[str], Path]:
+    """`shared_text("tinyshakespeare.txt")`: a text of the shared folder, or a skip that says what is missing."""
+
+    def find(name: str) -> Path:
+        file = SHARED / "data" / "text" / name
+        if not file.is_file():
+            pytest.skip(f"needs {os.path.relpath(file, Path(__file__).parents[1])}, which is not here")
+        return file
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiktoken_cache() -> Path:
+    """The folder of tiktoken's vocabularies, or a skip."""
+    given = os.environ.get("TIKTOKEN_CACHE_DIR")
+    folder = Path(given) if given else SHARED / "data" / "tiktoken_cache"
+    if not folder.is_dir():
+        pytest.skip("needs tiktoken's vocabularies: set TIKTOKEN_CACHE_DIR")
+    return folder
+
+
+def sentences(count: int, seed: int = 0) -> str:
+    """The same made-up sentences for the same seed."""
+    draw = random.Random(seed)
+    return "".join(" ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() + draw.choice([".\n", ". ", "?\n\n"]) for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few kilobytes of text, for runs that take no time."""
+    file = tmp_path_factory.mktemp("text") / "small.txt"
+    file.write_text(sentences(200), encoding="utf-8")
+    return file
