@@ -11,7 +11,8 @@ import pytest
 import torch
 
 SHARED = Path(__file__).parents[1].parent / "shared"
-WORDS = "the a king queen and of night day sings reads builds small great model token table light river stone under over again".split()
+WORDS = ["the", "a", "king", "queen", "and", "of", "night", "day", "sings", "reads", "builds", "small", "great", "model",
+         "token", "table", "light", "river", "stone", "under", "over", "again"]
 
 torch.set_num_threads(2)
 
@@ -68,7 +69,8 @@ def tiktoken_cache() -> Path:
 def sentences(count: int, seed: int = 0) -> str:
     """The same made-up sentences for the same seed."""
     draw = random.Random(seed)
-    return "".join(" ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() + draw.choice([".\n", ". ", "?\n\n"]) for _ in range(count))
+    said = (" ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() for _ in range(count))
+    return "".join(sentence + draw.choice([".\n", ". ", "?\n\n"]) for sentence in said)
 
 
 @pytest.fixture(scope="session")

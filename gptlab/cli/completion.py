@@ -7,13 +7,14 @@ from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra.core.global_hydra import GlobalHydra
 
 from gptlab.config import compose
+from gptlab.config.sources import config_dir
 
 
 def complete(incomplete: str) -> list[str]:
     """What may follow: groups and their options, keys and their values."""
     compose.prepare()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(compose.config_dir()), version_base="1.3"):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
         running = GlobalHydra.instance().hydra
         assert running is not None
         found: list[str] = BashCompletion(running.config_loader)._query("config", incomplete)

@@ -13,11 +13,11 @@ from rich import box
 from rich.table import Table
 
 from gptlab.config import codec
-from gptlab.config.compose import config_dir
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import Component, components_from, has_default, load_components, suggest
 from gptlab.config.registry import components as all_components
 from gptlab.config.slots import SLOTS
+from gptlab.config.sources import config_dir
 from gptlab.runner.run import Run, all_runs, find_run, find_study, holder, members, remove_run
 from gptlab.study.compare import compare as compare_study
 from gptlab.study.report import draw_curves, markdown, show

@@ -21,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config import compose
 from gptlab.config.errors import GptlabError, Stopped
+from gptlab.config.explain import check_overrides, explain
+from gptlab.config.sources import config_dir
 from gptlab.runner.run import runs_root
 from gptlab.runner.train import Outcome
 from gptlab.runner.train import train as train_run
@@ -32,7 +34,7 @@ RERUN, LAUNCH, SIZE = "GPTLAB_RERUN", "GPTLAB_LAUNCH", "GPTLAB_LAUNCH_SIZE"
 def train(arguments: Sequence[str]) -> int:
     """Run `gptlab train ARGUMENTS`; returns the exit code. Raises GptlabError for a single run that failed."""
     own, passed = _own_options(arguments)
-    compose.check_overrides(a for a in passed if not a.startswith("-"))
+    check_overrides(a for a in passed if not a.startswith("-"))
     with contextlib.ExitStack() as stack:
         if "--scratch" in own:
             passed.append("tracker=none")
@@ -91,12 +93,12 @@ def _launch_folder() -> Iterator[Path]:
 
 
 def _run_hydra(arguments: list[str]) -> None:
-    application = hydra.main(config_path=str(compose.config_dir()), config_name="config", version_base="1.3")(task)
+    application = hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(task)
     before, sys.argv = sys.argv, ["gptlab train", *arguments]
     try:
         application()
     except (HydraException, OmegaConfBaseException) as error:
-        raise compose.explain(error) from error
+        raise explain(error) from error
     except _Leave:
         pass  # its reason is among the outcomes
     except SystemExit as leave:

@@ -43,7 +43,10 @@ def from_json(data: Mapping[str, Any], where: str) -> Config:
     """Read what `to_json` wrote. `where` names the file in errors. Raises CheckpointError or ConfigError."""
     if data.get("version") != VERSION:
         raise CheckpointError(f"{where}: config version {data.get('version')!r}; this gptlab reads version {VERSION}")
-    return typing.cast(Config, decode(Config, data["config"], where))
+    try:
+        return typing.cast(Config, decode(Config, data["config"], where))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where} is no config of gptlab's, or damaged ({type(error).__name__}: {error})") from error
 
 
 def decode(kind: Any, data: Any, where: str) -> Any:
@@ -143,10 +146,13 @@ def options_in(config: Any, path: str = "") -> Iterator[tuple[str, Options]]:
 
 
 def outside_sources(config: Config) -> dict[str, str]:
-    """`slot=name` -> source hash of every component in the config that is not gptlab's own."""
+    """`slot=name` -> source hash of every component that is not gptlab's own and can change the numbers."""
     found: dict[str, str] = {}
-    for _, options in options_in(config):
+    for path, options in options_in(config):
         chosen = component_of(options)
+        is_callback = path.startswith("callbacks.")
+        if path in NOT_IDENTITY or (is_callback and not getattr(chosen.factory, "changes_training", False)):
+            continue
         digest = chosen.source_hash()
         if digest:
             found[f"{chosen.slot.path}={chosen.name}"] = digest

@@ -130,13 +130,17 @@ def _describe(slot: Slot, name: str, factory: Callable[..., Any]) -> Component:
             tuples.add(parameter.name)
         option_fields.append((parameter.name, kind, _default(parameter.default, is_tuple)))
     # A name that cannot clash with the class itself, and a place to import it from: workers of a sweep unpickle by reference.
+    module = sys.modules[factory.__module__]
     class_name = f"{factory.__name__}Options"
+    taken = _BY_OPTIONS.get(getattr(module, class_name, Options))
+    if taken is not None and (taken.slot.path, taken.name) != (slot.path, name):  # one factory under two names
+        class_name = f"{factory.__name__}_{slot.path}_{name}_Options".replace("/", "_")
     options = make_dataclass(
         class_name, option_fields, bases=(slot.base,), slots=True, kw_only=True
     )
     options.__module__ = factory.__module__
     options.__doc__ = f"Options of {slot.path}={name}."
-    setattr(sys.modules[factory.__module__], class_name, options)
+    setattr(module, class_name, options)
     return Component(
         slot, name, factory, options, tuple(wiring), choices, frozenset(tuples), _outside(factory)
     )
@@ -152,7 +156,7 @@ def _outside(factory: Callable[..., Any]) -> Path | None:
 def _default(value: Any, is_tuple: bool) -> Any:
     if value is inspect.Parameter.empty:
         return field(default="???")  # OmegaConf's mark for "must be given"
-    if is_tuple or isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict, tuple)):
         made = list(value) if is_tuple else value
         return field(default_factory=lambda: type(made)(made))
     return field(default=value)
@@ -258,12 +262,11 @@ def load_plugin(file: Path) -> types.ModuleType:
         sys.path.insert(0, str(file.parent))
     try:
         module = importlib.import_module(file.stem)
-    except ConfigError as error:
-        raise ConfigError(f"plugin {file}: {error}") from error
     except Exception as error:
         frames = [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == str(file)] if error.__traceback__ else []
-        line = f", line {frames[-1].lineno}" if frames else ""
-        raise ConfigError(f"plugin {file}{line} raised {type(error).__name__}: {error}") from error
+        line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+        said = f": {error}" if isinstance(error, ConfigError) else f" raised {type(error).__name__}: {error}"
+        raise ConfigError(f"plugin {file}{f', line {line}' if line else ''}{said}") from error
     found = getattr(module, "__file__", None)
     if found is None or Path(found).resolve() != file.resolve():
         raise ConfigError(f"plugin {file}: the name {file.stem!r} is taken by {found or 'a built-in module'}; rename the file")

@@ -59,7 +59,7 @@ def parse_budget(text: str) -> Budget:
         )
     amount = float(match[1]) * _UNITS[match[2]]
     unit = match[3] if match[3] in ("min", "flops", "x") else match[3].rstrip("s") + "s"
-    if amount <= 0 or (unit == "steps" and amount != int(amount)):
+    if not 0 < amount < math.inf or (unit == "steps" and amount != int(amount)):
         raise ConfigError(f"trainer.budget={text} must be a positive{' whole' if unit == 'steps' else ''} number of {unit}")
     return Budget(amount, unit)
 
@@ -111,6 +111,8 @@ def _check(config: Config) -> None:
         raise ConfigError(f"data.validation_fraction={config.data.validation_fraction} must be between 0 and 1")
     if config.data.validation_tokens < 0:
         raise ConfigError(f"data.validation_tokens={config.data.validation_tokens} must be at least 0 (0: all)")
+    if config.hardware.threads < 0:
+        raise ConfigError(f"hardware.threads={config.hardware.threads} must be at least 0 (0: as torch finds them)")
     if config.trainer.log_every < 1:
         raise ConfigError(f"trainer.log_every={config.trainer.log_every} must be at least 1")
     if config.trainer.gradient_clip < 0:

@@ -67,8 +67,8 @@ class Loader:
         self.windows = (len(stream) - context) // context  # a phase of up to context-1 tokens must fit
         if self.windows < rows:
             raise DataError(
-                f"the training text has {len(stream):,} tokens, too few for one batch of {rows} x {context}; "
-                "use more text, a smaller trainer.batch_tokens or a smaller model.context_length"
+                f"the training text has {len(stream):,} tokens, too few for one batch of {rows} x {context}, "
+                f"which takes {(rows + 1) * context:,}; use more text, a smaller trainer.batch_tokens or a smaller model.context_length"
             )
 
     def batch(self, step: int) -> Batch:

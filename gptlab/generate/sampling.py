@@ -22,7 +22,7 @@ def check_settings(max_tokens: int, temperature: float, top_k: int) -> None:
         raise ConfigError(f"--top-k {top_k} must be at least 0 (0: all tokens)")
 
 
-def next_token(logits: Float[Tensor, "v"], temperature: float, top_k: int, generator: torch.Generator) -> int:  # noqa: F821
+def next_token(logits: Float[Tensor, v], temperature: float, top_k: int, generator: torch.Generator) -> int:  # noqa: F821
     """Draw one token id. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return int(logits.argmax())

@@ -65,6 +65,10 @@ class _Gated(nn.Module):
 
     def __init__(self, width: int, bias: bool, dropout: float, expansion: float, multiple_of: int) -> None:
         super().__init__()
+        if multiple_of < 1:
+            raise ConfigError(f"model.ffn.multiple_of={multiple_of} must be at least 1")
+        if expansion <= 0:
+            raise ConfigError(f"model.ffn.expansion={expansion} leaves no hidden units at width {width}")
         hidden = max(1, round(expansion * width / multiple_of)) * multiple_of
         self.up = FusedLinear(width, {"gate": hidden, "up": hidden}, bias=bias)
         self.down = OutputLinear(hidden, width, bias=bias)

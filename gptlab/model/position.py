@@ -35,6 +35,11 @@ class Position(nn.Module):
         return q, k
 
 
+def _check_base(base: float) -> None:
+    if not 0 < base < math.inf:
+        raise ConfigError(f"model.position.base={base} must be positive and finite")
+
+
 @register("model/position", "none")
 class NoPosition(Position):
     """No positions: order is seen only through the causal mask (Haviv et al., 2022)."""
@@ -68,6 +73,7 @@ class Sinusoidal(Position):
 
     def __init__(self, width: int, *, base: float = 10_000.0, amplitude: float = 0.02) -> None:
         super().__init__()
+        _check_base(base)
         self.amplitude = amplitude  # the size of the token embeddings they are added to
         half = (width + 1) // 2
         self.width = width
@@ -90,6 +96,7 @@ class Rotary(Position):
         super().__init__()
         if head_width % 2:
             raise ConfigError(f"model/position=rotary turns pairs: the head width {head_width} (model.width / model.heads) must be even")
+        _check_base(base)
         self.base, self.head_width = base, head_width
         self._tabulate(context_length, None, torch.float32)
 

@@ -79,6 +79,8 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """The stream after the last norm, before the head."""
         start = 0 if cache is None else cache.length
+        if start and document is not None:
+            raise ValueError("a document mask sees the tokens of one call; it cannot be used with a cache that already holds some")
         end = start + tokens.shape[1]
         fits = end <= self.order.shape[1]
         order = self.order[:, start:end] if fits else torch.arange(start, end, device=tokens.device)[None]

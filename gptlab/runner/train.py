@@ -158,7 +158,7 @@ def _train(trainer: Trainer, title: str) -> Outcome:
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
     metrics = MetricsFile(run.metrics_file, trainer.state.step)
     tracker: Tracker = build(config.tracker)
-    tracker.start(RunInfo(f"{config.study}-{run.identity}", config.study, title, run.directory, _flat(config, trainer), logged))
+    tracker.start(RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged))
     code = 1
     try:
         with RunProgress(title, trainer.steps) as progress:

@@ -15,7 +15,7 @@ def wsd(*, warmup: int = 100, decay: float = 0.2, final: float = 0.0) -> Schedul
         rising = warmed(step, warmup)
         if rising is not None:
             return rising
-        length = max(1.0, decay * total)
+        length = max(1.0, min(decay * total, total - warmup))  # a decay that began within the warm-up would be a jump
         left = min(1.0, max(0.0, (total - step) / length))
         return final + (1 - final) * left
 

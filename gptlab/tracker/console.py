@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from gptlab.tracker.protocol import Metrics
 
@@ -16,9 +17,9 @@ console = Console(stderr=False, highlight=False, soft_wrap=True)
 
 
 _SHOWN = (
-    ("loss", "train/loss", "{:.3f}"),
-    ("val", "val/loss", "{:.4f}"),
-    ("rate", "train/tokens_per_second", "{:,.0f} tokens/s"),
+    ("loss", "train/loss", "loss {:.3f} "),
+    ("val", "val/loss", "val {:.3f} "),
+    ("rate", "train/tokens_per_second", "{:,.0f}/s"),
 )
 
 
@@ -35,10 +36,10 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         if self.live:
             self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=18),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=30)),
+                BarColumn(bar_width=10),
                 TextColumn("{task.completed:>5.0f}/{task.total:.0f}" if self.total else "{task.completed:>5.0f}"),
-                TextColumn("loss {task.fields[loss]}  val {task.fields[val]}  [dim]{task.fields[rate]}[/]"),
+                TextColumn("{task.fields[loss]}{task.fields[val]}[dim]{task.fields[rate]}[/]", table_column=Column(no_wrap=True)),
                 TimeRemainingColumn(compact=True),
                 console=console,
                 transient=True,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-
 from gptlab.config import registry
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, check_choices, component, components, load_components, register
@@ -125,6 +124,18 @@ def test_registering_the_same_again_is_fine_and_another_is_refused() -> None:
         register("schedule", "made")(other)
 
 
+def test_one_factory_under_two_names_keeps_both_importable() -> None:
+    register("schedule", "made")(_shared_factory)
+    register("schedule", "also_made")(_shared_factory)
+    for name in ("made", "also_made"):
+        options = pickle.loads(pickle.dumps(component("schedule", name).options()))
+        assert registry.component_of(options).name == name
+
+
+def _shared_factory(*, a: int = 1) -> int:
+    return a
+
+
 def test_unknown_component_names_the_nearest_and_the_way_to_supply_it() -> None:
     with pytest.raises(ConfigError, match=r"model/norm=rmsnrm is not registered \(did you mean rmsnorm\?\).*gptlab --plugin FILE.py"):
         component("model/norm", "rmsnrm")
@@ -165,7 +176,8 @@ def test_a_worker_unpickles_a_plugins_options(tmp_path: Path, monkeypatch: pytes
     registry.add_plugin(file)
     load_components()
     (tmp_path / "options.pickle").write_bytes(pickle.dumps(component("model/norm", "mine_b").options(scale=5.0)))  # type: ignore[call-arg]
-    code = "import pickle,sys; from gptlab.config.registry import component_of; print(component_of(pickle.load(open(sys.argv[1],'rb'))).name)"
+    code = "import pickle, sys\nfrom gptlab.config.registry import component_of\n"
+    code += "print(component_of(pickle.load(open(sys.argv[1],'rb'))).name)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "options.pickle")], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "mine_b", done.stderr
 

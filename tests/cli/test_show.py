@@ -1,0 +1,119 @@
+"""`gptlab components`, `runs`, `compare` and `sample`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from gptlab.config.registry import components, load_components
+from tests.cli.conftest import Command
+from tests.cli.test_train import PLUGIN
+from tests.tiny import tiny
+
+
+@pytest.fixture
+def identity(gptlab: Command, corpus_file: Path) -> str:
+    assert gptlab("train", *tiny(corpus_file, "study=shown", steps=4)).code == 0
+    return next((Path(os.environ["GPTLAB_RUNS"]) / "shown").glob("*/done.json")).parent.name.rpartition("-")[2]
+
+
+def test_every_component_is_listed_with_its_options(gptlab: Command) -> None:
+    listed = gptlab("components").out
+    load_components()
+    for component in components():
+        if not component.outside:
+            assert component.name in listed
+            assert component.summary.split(":")[0] in listed, component.name
+    assert "eps=1e-06" in listed
+    assert "qk_norm (Queries and keys" in listed
+    assert "rmsnorm" in gptlab("components", "--slot", "model/norm").out
+    assert "did you mean model/norm?" in gptlab("components", "--slot", "model/nrm").err
+
+
+def test_the_contract_is_checked_on_a_users_component(gptlab: Command, tmp_path: Path) -> None:
+    good = tmp_path / "checked_norm.py"
+    good.write_text(PLUGIN.replace("maxnorm", "checkednorm"))
+    passed = gptlab("components", "check", str(good))
+    assert passed.code == 0, passed.out + passed.err
+    assert "every check passed" in passed.out
+    bad = tmp_path / "leaking_norm.py"
+    leak = "return self.gain * x / (x.abs().amax((-2, -1), keepdim=True) + self.eps)"  # looks at later tokens
+    bad.write_text(PLUGIN.replace("maxnorm", "leakingnorm").replace("return self.gain * x / (x.abs().amax(-1, keepdim=True) + self.eps)", leak))
+    failed = gptlab("components", "check", str(bad))
+    assert failed.code == 1
+    assert "✗" in failed.out
+    assert "causal" in failed.out
+
+
+def test_runs_are_listed_shown_and_removed(gptlab: Command, identity: str) -> None:
+    listed = gptlab("runs", "list")
+    assert identity in listed.out
+    assert "done" in listed.out
+    assert identity in gptlab("runs", "list", "shown").out
+    assert gptlab("runs", "list", "shwn").code == 2
+    shown = gptlab("runs", "show", identity[:6])
+    assert "model/norm" in shown.out
+    assert "val/loss" in shown.out
+    assert gptlab("runs", "rm", identity, "--yes").code == 0
+    assert gptlab("runs", "show", identity).code == 2
+    assert "no runs yet" in gptlab("runs", "list").out
+
+
+def test_a_run_is_found_by_directory_identity_prefix_and_latest(gptlab: Command, identity: str, corpus_file: Path) -> None:
+    directory = next(Path(os.environ["GPTLAB_RUNS"]).glob(f"*/*{identity}"))
+    texts = {gptlab("sample", reference, "--max-tokens", "8").out for reference in (str(directory), identity, identity[:5], "latest")}
+    assert len(texts) == 1
+    gptlab("train", *tiny(corpus_file, "study=shown", "seed=1", steps=4))
+    several = gptlab("sample", "shown/")
+    assert several.code == 2
+    assert "matches 2 runs" in several.err
+    assert "no run matches" in gptlab("sample", "zzzz").err
+
+
+def test_samples_are_seeded_and_settings_checked(gptlab: Command, identity: str) -> None:
+    same = [gptlab("sample", identity, "--prompt", "The", "--seed", "1", "--max-tokens", "30").out for _ in range(2)]
+    assert same[0] == same[1]
+    assert same[0].startswith("The")
+    assert gptlab("sample", identity, "--prompt", "The", "--seed", "2", "--max-tokens", "30").out != same[0]
+    greedy = {gptlab("sample", identity, "--temperature", "0", "--seed", s, "--max-tokens", "30").out for s in "12"}
+    assert len(greedy) == 1
+    for arguments, said in (
+        (("--prompt", "é"), "'é' at place 0"),
+        (("--prompt", ""), "prompt is empty"),
+        (("--temperature", "-1"), "--temperature"),
+        (("--temperature", "nan"), "--temperature"),
+        (("--top-k", "-1"), "--top-k"),
+        (("--max-tokens", "0"), "--max-tokens"),
+    ):
+        result = gptlab("sample", identity, *arguments)
+        assert result.code == 2
+        assert said in result.err
+
+
+def test_compare_prints_json_and_markdown(gptlab: Command, identity: str, tmp_path: Path) -> None:
+    assert json.loads(gptlab("compare", "shown", "--json").out)["rows"][0]["baseline"] is True
+    assert gptlab("compare", "shown", "--markdown").out.startswith("| arm |")
+    assert gptlab("compare", "shown", "--png", str(tmp_path / "c.png")).code == 0
+    assert (tmp_path / "c.png").exists()
+
+
+def test_a_run_of_an_unregistered_component_says_which(gptlab: Command, identity: str) -> None:
+    file = next(Path(os.environ["GPTLAB_RUNS"]).glob(f"*/*{identity}/config.json"))
+    file.write_text(file.read_text().replace('"layernorm"', '"theirnorm"'))
+    result = gptlab("sample", identity)
+    assert result.code == 2
+    assert "model/norm=theirnorm is not registered" in result.err
+
+
+def test_help_answers_at_once() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "gptlab", "--help"]
+    started = time.monotonic()
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "train" in result.stdout
+    assert not any(line.rpartition("|")[2].strip() in ("torch", "hydra", "omegaconf", "wandb", "numpy") for line in result.stderr.splitlines())
+    assert time.monotonic() - started < 5, "0.3 s on a quiet machine"

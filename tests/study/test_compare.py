@@ -1,0 +1,90 @@
+"""A study's arms are paired by seed, against the first of each axis, on the same tokens or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gptlab import compose, train
+from gptlab.config.compose import settings
+from gptlab.config.errors import ConfigError
+from gptlab.runner.run import Run
+from gptlab.study.compare import compare
+from gptlab.study.report import draw_curves, markdown
+from gptlab.study.statistics import mean_interval
+from tests.tiny import tiny
+
+
+def arm(corpus_file: Path, *overrides: str, study: str = "s", job: int = 0) -> Run:
+    outcome = train(compose([*tiny(corpus_file, f"study={study}", steps=4), *overrides]), settings=settings(overrides), job=job)
+    assert outcome.run is not None
+    return outcome.run
+
+
+def loss(run: Run) -> float:
+    done = run.read("done.json")
+    assert done is not None
+    return float(done["summary"]["val/loss"])
+
+
+def test_arms_are_compared_on_paired_seeds_against_the_first(corpus_file: Path) -> None:
+    runs = {}
+    for job, (norm, seed) in enumerate([(n, s) for n in ("layernorm", "rmsnorm") for s in (0, 1, 2)]):
+        runs[norm, seed] = arm(corpus_file, f"model/norm={norm}", f"seed={seed}", job=job)
+    found = compare("s")
+    assert [(r.label, r.baseline, r.seeds) for r in found.rows] == [("layernorm", True, [0, 1, 2]), ("rmsnorm", False, [0, 1, 2])]
+    differences = [loss(runs["rmsnorm", s]) - loss(runs["layernorm", s]) for s in (0, 1, 2)]
+    assert found.rows[1].difference == mean_interval(differences)
+    assert found.rows[1].parameters < found.rows[0].parameters
+    assert not found.notes
+    assert compare("s", baseline="rmsnorm").rows[0].label == "rmsnorm"
+    assert json.loads(json.dumps(found.to_json()))["rows"][1]["difference"]["n"] == 3
+    assert "| rmsnorm | 3 |" in markdown(found)
+    picture = draw_curves("s", Path(runs["rmsnorm", 0].directory) / "curves.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_baseline_of_another_study_is_found_and_not_trained_again(corpus_file: Path) -> None:
+    first = arm(corpus_file, "seed=0", study="one")
+    again = arm(corpus_file, "seed=0", study="two", job=0)
+    assert again.directory == first.directory
+    arm(corpus_file, "model/norm=rmsnorm", "seed=0", study="two", job=1)
+    assert [r.label for r in compare("two").rows] == ["base", "rmsnorm"]
+
+
+def test_unfinished_runs_are_left_out_and_counted(corpus_file: Path) -> None:
+    arm(corpus_file, "seed=0")
+    (arm(corpus_file, "seed=1", job=1).directory / "done.json").unlink()
+    found = compare("s")
+    assert found.rows[0].seeds == [0]
+    assert "1 run left out: stopped" in found.notes
+
+
+def test_losses_on_different_tokens_are_refused(corpus_file: Path, tmp_path: Path) -> None:
+    arm(corpus_file, "seed=0")
+    other = tmp_path / "other.txt"
+    other.write_text(corpus_file.read_text(encoding="utf-8").swapcase(), encoding="utf-8")
+    arm(corpus_file, f"data.corpus.path={other}", "seed=0", job=1)
+    with pytest.raises(ConfigError, match="different validation tokens"):
+        compare("s")
+
+
+def test_other_differences_are_told(corpus_file: Path) -> None:
+    first = arm(corpus_file, "seed=0")
+    arm(corpus_file, "model.context_length=8", "seed=0", job=1)
+    environment = first.read("environment.json")
+    assert environment is not None
+    first.write("environment.json", {**environment, "source": "other"})
+    notes = " ".join(compare("s").notes)
+    assert "mixed gptlab sources" in notes
+    assert "different context lengths" in notes
+    assert "one seed only" in notes
+
+
+def test_unknown_names_are_refused_with_the_nearest(corpus_file: Path) -> None:
+    arm(corpus_file, "seed=0", study="position")
+    with pytest.raises(ConfigError, match="did you mean position"):
+        compare("positon")
+    with pytest.raises(ConfigError, match="is not an arm"):
+        compare("position", baseline="nothing")

@@ -1,0 +1,68 @@
+"""The README is true: its plugin is the one that is run, its table of experiments is complete, and its commands work as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every `gptlab …` line of the shell blocks, without its comment."""
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("gptlab ")]
+
+
+def test_every_experiment_stands_in_the_table() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert listed == {f.stem for f in (ROOT / "experiments").glob("*.yaml")}
+
+
+def test_every_experiment_begins_with_its_question() -> None:
+    for file in (ROOT / "experiments").glob("*.yaml"):
+        first = file.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("# "), file.name
+        assert "?" in first, file.name
+
+
+def test_every_folder_of_the_package_stands_in_the_map() -> None:
+    folders = [d.name for d in (ROOT / "gptlab").iterdir() if (d / "__init__.py").is_file()]
+    table = README.split("## Where is what")[1]
+    assert all(f"`gptlab/{name}/`" in table or f"`{name}/`" in table for name in folders)
+
+
+@pytest.mark.slow
+def test_every_command_works_as_it_stands(tmp_path: Path) -> None:
+    text = ROOT.parent / "shared" / "data" / "text" / "tinyshakespeare.txt"
+    sample = tmp_path / "own.txt"
+    sample.write_bytes(text.read_bytes() if text.is_file() else (README * 40).encode())
+    (tmp_path / "my_norms.py").write_text(re.search(r"<!-- plugin: my_norms.py -->\n```python\n(.*?)```", README, re.DOTALL)[1])  # type: ignore[index]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "GPTLAB_RUNS": str(tmp_path / "runs")}
+    assert len(commands()) > 12
+    for command in commands():
+        if "--against" in command:
+            continue  # needs a nanoGPT checkout
+        words = shlex.split(command.replace("FILE", str(sample)).replace("--prompt \"To be\"", "--prompt \"The\""))
+        if words == ["gptlab", "train"]:
+            words.append("trainer.budget=20steps")
+        if words[:3] == ["gptlab", "bench", "train"]:
+            words += ["--rounds", "1"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+    python = [block for block in blocks("python") if "compose" in block]
+    done = subprocess.run([sys.executable, "-c", python[0]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,129 @@
+"""W&B through its real client: what arrives online, what stays offline, and what a dead server costs."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+from gptlab import compose, train
+from gptlab.config.errors import Stopped
+from gptlab.config.registry import register
+from gptlab.runner.callback import Callback
+from gptlab.runner.trainer import Trainer
+from gptlab.tracker import wandb as tracker_wandb
+from tests.stand_ins.wandb_server import Server, wandb_server
+from tests.tiny import tiny
+
+PULL: list[Server] = []
+
+
+@register("callback", "pull_server")
+class PullServer(Callback):
+    """Takes the server away after a step."""
+
+    def __init__(self, *, step: int = 4) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.step:
+            for server in PULL:
+                server.shutdown()
+                server.server_close()
+
+
+@register("callback", "stop_once")
+class StopOnce(Callback):
+    """Asks for a stop after a step, once."""
+
+    fired = False
+
+    def __init__(self, *, step: int = 5) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.step and not StopOnce.fired:
+            StopOnce.fired = True
+            trainer._stop = 15
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Server:  # type: ignore[misc]
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+        wandb.teardown()  # the client's service process remembers the server it first met
+
+
+def test_config_group_name_history_and_summary_arrive(corpus_file: Path, online: Server) -> None:
+    overrides = ["model/norm=rmsnorm", "seed=1", "study=online"]
+    outcome = train(compose(tiny(corpus_file, *overrides, "tracker=wandb"), name="rmsnorm seed 1"), title="3/4 rmsnorm seed 1")
+    assert outcome.run is not None
+    run = online.runs[f"online-{outcome.run.identity}"]
+    assert run.settings["groupName"] == "online"
+    assert run.settings["displayName"] == "rmsnorm seed 1"
+    assert run.config["model/norm"]["value"] == "rmsnorm"
+    assert run.config["model.width"]["value"] == 16
+    assert run.config["parameters"]["value"] > 0
+    losses = {h["step"]: h["train/loss"] for h in run.history if "train/loss" in h}
+    written = {m["step"]: m["train/loss"] for m in outcome.run.metrics() if "train/loss" in m}
+    assert losses == pytest.approx(written)
+    assert list(losses) == list(range(1, 13))
+    assert run.summary["val/loss"] == pytest.approx(outcome.run.metrics()[-1]["val/loss"])
+    assert run.exit_code == 0
+    environment = " ".join(str(v) for v in run.config.values())
+    assert "0" * 40 not in environment
+
+
+def test_a_resumed_run_goes_on_in_the_same_place_without_repeating_steps(corpus_file: Path, online: Server) -> None:
+    StopOnce.fired = False
+    overrides = tiny(corpus_file, "tracker=wandb", "study=resumed", "+callback@callbacks.stop=stop_once")
+    with pytest.raises(Stopped):
+        train(compose(overrides))
+    outcome = train(compose(overrides))
+    assert outcome.run is not None
+    steps = [h["step"] for h in online.runs[f"resumed-{outcome.run.identity}"].history if "train/loss" in h]
+    assert steps == list(range(1, 13))
+
+
+def test_a_server_that_dies_mid_run_costs_a_warning_and_never_the_run(
+    corpus_file: Path, online: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_wandb, "FINISH_TIMEOUT", 2.0)
+    PULL[:] = [online]
+    started = time.monotonic()
+    outcome = train(compose(tiny(corpus_file, "tracker=wandb", "study=pulled", "+callback@callbacks.pull=pull_server")))
+    PULL.clear()
+    assert outcome.state == "done"
+    assert time.monotonic() - started < 30
+    assert outcome.run is not None
+    assert list(outcome.run.directory.glob("wandb/*/*.wandb")), "the data stays on disk for `wandb sync`"
+    assert len([m for m in outcome.run.metrics() if "train/loss" in m]) == 12
+
+
+def test_a_server_that_is_not_there_costs_one_warning(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracker_wandb, "INIT_TIMEOUT", 2.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    outcome = train(compose(tiny(corpus_file, "tracker=wandb", "study=absent")))
+    wandb.teardown()
+    assert outcome.state == "done"
+    assert capsys.readouterr().out.count("could not be reached") == 1
+    assert outcome.run is not None
+    assert list(outcome.run.directory.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_offline_files_lie_in_the_runs_folder(corpus_file: Path) -> None:
+    outcome = train(compose(tiny(corpus_file, "tracker=offline")))
+    assert outcome.run is not None
+    files = list(outcome.run.directory.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert files[0].stat().st_size > 1000
+    assert not (Path(os.environ["GPTLAB_RUNS"]).parent / "wandb").exists()
