@@ -1,8 +1,8 @@
 """gptlab: compose, train and compare GPT-2-class language models.
 
-    from gptlab import compose, train, load, register
-    outcome = train(compose(["model/norm=rmsnorm", "trainer.budget=200steps"]))
-    print(load("latest").sample("The "))
+from gptlab import compose, train, load, register
+outcome = train(compose(["model/norm=rmsnorm", "trainer.budget=200steps"]))
+print(load("latest").sample("The "))
 """
 
 from __future__ import annotations

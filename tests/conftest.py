@@ -1,4 +1,4 @@
-"""What every test shares: folders of its own, no network, two threads, and texts that may be missing."""
+"""What every test shares: folders of its own, no network, one thread, and texts that may be missing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,34 @@ import pytest
 import torch
 
 SHARED = Path(__file__).parents[1].parent / "shared"
-WORDS = ["the", "a", "king", "queen", "and", "of", "night", "day", "sings", "reads", "builds", "small", "great", "model",
-         "token", "table", "light", "river", "stone", "under", "over", "again"]
+WORDS = [
+    "the",
+    "a",
+    "king",
+    "queen",
+    "and",
+    "of",
+    "night",
+    "day",
+    "sings",
+    "reads",
+    "builds",
+    "small",
+    "great",
+    "model",
+    "token",
+    "table",
+    "light",
+    "river",
+    "stone",
+    "under",
+    "over",
+    "again",
+]
 
-torch.set_num_threads(2)
+# One thread each: the tests run side by side, and their models are too small for two.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def test_every_command_works_as_it_stands(tmp_path: Path) -> None:
     for command in commands():
         if "--against" in command:
             continue  # needs a nanoGPT checkout
-        words = shlex.split(command.replace("FILE", str(sample)).replace("--prompt \"To be\"", "--prompt \"The\""))
+        words = shlex.split(command.replace("FILE", str(sample)).replace('--prompt "To be"', '--prompt "The"'))
         if words == ["gptlab", "train"]:
             words.append("trainer.budget=20steps")
         if words[:3] == ["gptlab", "bench", "train"]:
@@ -64,5 +64,7 @@ def test_every_command_works_as_it_stands(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
     python = [block for block in blocks("python") if "compose" in block]
-    done = subprocess.run([sys.executable, "-c", python[0]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", python[0]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -39,7 +39,14 @@ def test_a_sweep_runs_from_the_wheel_in_an_empty_folder(wheel: Path, tmp_path: P
     work = tmp_path / "work"
     work.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(site), "GPTLAB_RUNS": str(tmp_path / "runs")}
-    where = subprocess.run([sys.executable, "-c", "import gptlab; print(gptlab.__file__)"], cwd=work, env=environment, capture_output=True, text=True, check=True)
+    where = subprocess.run(
+        [sys.executable, "-c", "import gptlab; print(gptlab.__file__)"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(site) in where.stdout
     command = [sys.executable, "-m", "gptlab", "train", "experiment=quickstart", "trainer.budget=4steps", "data.validation_tokens=1024"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from rich import box
 from rich.table import Table
@@ -24,8 +24,7 @@ from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.shard import Prepared, prepare
-from gptlab.hardware.device import machine, set_up, synchronise
-from gptlab.hardware.precision import autocast
+from gptlab.hardware.device import machine
 from gptlab.runner.run import Run
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker.console import RunProgress, console, say
@@ -37,7 +36,7 @@ SETTINGS = {
     "nano": ("trainer.batch_tokens=768", "model.bias=false", "model/ffn=gelu_exact"),
     "char": ("trainer.batch_tokens=16384", "model/ffn=gelu_exact"),
 }
-ROUND_SECONDS = 3.0
+ROUND_SECONDS, WARMUP_STEPS = 3.0, 3
 
 
 def train(against: Path | None, *, model: str, rounds: int, as_json: bool) -> None:
@@ -47,14 +46,15 @@ def train(against: Path | None, *, model: str, rounds: int, as_json: bool) -> No
     overrides = [f"model={model}", *SETTINGS.get(model, ()), "tracker=none", "trainer.budget=1000000steps"]
     base = compose(overrides)
     data = prepare(base.data)
-    with tempfile.TemporaryDirectory(prefix="gptlab-bench-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptlab-bench-"))
         config = resolve(base, machine())
         trainer = Trainer(config, data, Run(Path(folder)))
-        steppers: dict[str, Callable[[], object]] = {f"gptlab {config.hardware.precision}": _ours(trainer)}
+        steppers: dict[str, Callable[[int], float]] = {f"gptlab {config.hardware.precision}": _ours(trainer)}
         if against is not None:
             for precision in ("fp32", "bf16") if config.hardware.precision == "bf16" else ("fp32",):
-                steppers[f"nanoGPT {precision}"] = _nanogpt(against, config, data, precision)
-        times = _alternate(steppers, rounds, trainer.device)
+                steppers[f"nanoGPT {precision}"] = stack.enter_context(_nanogpt(against, config, data, precision))
+        times = _alternate(steppers, rounds)
         report: dict[str, Any] = {
             "model": model,
             "settings": overrides,
@@ -71,89 +71,71 @@ def train(against: Path | None, *, model: str, rounds: int, as_json: bool) -> No
     print(json.dumps(report, indent=1)) if as_json else _show(report)
 
 
-def _ours(trainer: Trainer) -> Callable[[], object]:
+def _ours(trainer: Trainer) -> Callable[[int], float]:
     trainer.model.train()
 
-    def step() -> None:
-        trainer.train_step()
-        trainer.state.step += 1
+    def steps(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            trainer.train_step()
+            trainer.state.step += 1
+        return time.perf_counter() - started
 
-    return step
-
-
-def _nanogpt(folder: Path, config: Config, data: Prepared, precision: str) -> Callable[[], object]:
-    """One iteration of nanoGPT's training loop (its train.py): its model, its optimizer, its way of drawing a batch."""
-    source = _load(folder)
-    size, device = config.model, torch.device(config.hardware.device)
-    assert isinstance(config.trainer.batch_tokens, int)
-    arguments = source.GPTConfig(
-        block_size=size.context_length,
-        vocab_size=data.manifest["tokenizer"]["vocabulary"],
-        n_layer=size.depth,
-        n_head=size.heads,
-        n_embd=size.width,
-        dropout=size.dropout,
-        bias=size.bias,
-    )
-    model = source.GPT(arguments).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
-    rows, context = config.trainer.batch_tokens // size.context_length, size.context_length
-    file = data.folder / data.manifest["splits"]["train"]["shards"][0]["file"]
-
-    def draw() -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = np.memmap(file, np.dtype(data.manifest["dtype"]), "r")
-        starts = torch.randint(len(tokens) - context, (rows,)).tolist()
-        pairs = [torch.from_numpy(tokens[s : s + context + 1].astype(np.int64)) for s in starts]
-        return torch.stack([p[:-1] for p in pairs]).to(device), torch.stack([p[1:] for p in pairs]).to(device)
-
-    waiting = draw()
-
-    def step() -> None:
-        nonlocal waiting
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3
-        with autocast(device, precision):
-            _, loss = model(*waiting)
-        waiting = draw()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-
-    return step
+    return steps
 
 
-def _load(folder: Path) -> ModuleType:
-    file = folder / "model.py"
-    if not file.is_file():
+@contextlib.contextmanager
+def _nanogpt(folder: Path, config: Config, data: Prepared, precision: str) -> Iterator[Callable[[int], float]]:
+    """nanoGPT in a process of its own, as its users run it: a function from a number of steps to their seconds."""
+    if not (folder / "model.py").is_file():
         raise ConfigError(f"--against {folder}: it holds no model.py; give a nanoGPT checkout")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    size, shard = config.model, data.manifest["splits"]["train"]["shards"][0]
+    assert isinstance(config.trainer.batch_tokens, int)
+    job = {
+        "folder": str(folder.resolve()),
+        "device": config.hardware.device,
+        "precision": precision,
+        "tokens": str(data.folder / shard["file"]),
+        "dtype": data.manifest["dtype"],
+        "rows": config.trainer.batch_tokens // size.context_length,
+        "model": {
+            "block_size": size.context_length,
+            "vocab_size": data.manifest["tokenizer"]["vocabulary"],
+            "n_layer": size.depth,
+            "n_head": size.heads,
+            "n_embd": size.width,
+            "dropout": size.dropout,
+            "bias": size.bias,
+        },
+    }
+    command = [sys.executable, "-m", "gptlab.cli.bench_peer", json.dumps(job)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        to, answers = process.stdin, process.stdout
+        assert to is not None
+        assert answers is not None
+
+        def steps(count: int) -> float:
+            to.write(f"{count}\n")
+            to.flush()
+            line = answers.readline()
+            if not line:
+                raise ConfigError(f"--against {folder}: its model could not be trained; its error stands above")
+            return float(line)
+
+        yield steps
+        to.close()
 
 
-def _alternate(steppers: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def _alternate(steppers: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds a step of each, measured in turn: what disturbs the machine disturbs all alike."""
     counts: dict[str, int] = {}
-    for name, step in steppers.items():
-        for _ in range(3):
-            step()
-        started = time.perf_counter()
-        step()
-        synchronise(device)
-        counts[name] = max(1, round(ROUND_SECONDS / (time.perf_counter() - started)))
+    for name, steps in steppers.items():
+        steps(WARMUP_STEPS)
+        counts[name] = max(1, round(ROUND_SECONDS / steps(1)))
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(rounds):
-        for name, step in steppers.items():
-            started = time.perf_counter()
-            for _ in range(counts[name]):
-                step()
-            synchronise(device)
-            times[name].append((time.perf_counter() - started) / counts[name])
+        for name, steps in steppers.items():
+            times[name].append(steps(counts[name]) / counts[name])
     return times
 
 
@@ -171,10 +153,7 @@ def _tracking_share(composed: Config, data: Prepared, folder: Path, bare: Traine
 
     steps = 200 if bare.parameters < 2_000_000 else 20
     callbacks = {k: v for k, v in composed.callbacks.items() if k != "evaluation" and k != "samples"}
-    config = resolve(
-        replace(composed, trainer=replace(composed.trainer, budget=f"{steps}steps"), callbacks=callbacks), machine()
-    )
-    set_up(config.hardware)
+    config = resolve(replace(composed, trainer=replace(composed.trainer, budget=f"{steps}steps"), callbacks=callbacks), machine())
     trainer = Trainer(config, data, Run(folder))
     saving = [0.0]
     keep = trainer.save_checkpoint

@@ -53,7 +53,6 @@ def components(slot: str | None) -> None:
             if options:
                 console.print(f"  {'':<12} {options}", style="dim", markup=False)
 
-
         presets = _presets(place.path)
         if presets:
             say(f"  [dim]presets: {'; '.join(presets)}[/]")

@@ -133,9 +133,7 @@ def task(composed: DictConfig) -> None:
     try:
         config = compose.to_config(composed, overrides)
         title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (config.name or title)
-        outcome = train_run(
-            config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number
-        )
+        outcome = train_run(config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number)
     except GptlabError as error:
         stopped = isinstance(error, Stopped)
         _note(state | {"state": "stopped" if stopped else "failed", "code": error.code, "message": str(error)})

@@ -116,5 +116,3 @@ def name_of(overrides: Iterable[str]) -> str:
     """A folder name for a run: `norm=rmsnorm,position=rotary,seed=1`."""
     parts = [f"{short_key(key)}={value}" for key, value in settings(overrides).items()]
     return re.sub(r"[^\w.,=+-]+", "_", ",".join(sorted(parts, key=lambda p: p.startswith("seed="))))[:120]
-
-

@@ -113,9 +113,7 @@ def _describe(slot: Slot, name: str, factory: Callable[..., Any]) -> Component:
         if parameter.kind is not parameter.KEYWORD_ONLY:
             if parameter.name not in slot.wiring:
                 offers = ", ".join(slot.wiring) or "nothing"
-                raise ConfigError(
-                    f"{where}: the slot supplies {offers}, not {parameter.name!r}; options must be keyword-only (after `*`)"
-                )
+                raise ConfigError(f"{where}: the slot supplies {offers}, not {parameter.name!r}; options must be keyword-only (after `*`)")
             wiring.append(parameter.name)
             continue
         if parameter.annotation is parameter.empty:
@@ -135,15 +133,11 @@ def _describe(slot: Slot, name: str, factory: Callable[..., Any]) -> Component:
     taken = _BY_OPTIONS.get(getattr(module, class_name, Options))
     if taken is not None and (taken.slot.path, taken.name) != (slot.path, name):  # one factory under two names
         class_name = f"{factory.__name__}_{slot.path}_{name}_Options".replace("/", "_")
-    options = make_dataclass(
-        class_name, option_fields, bases=(slot.base,), slots=True, kw_only=True
-    )
+    options = make_dataclass(class_name, option_fields, bases=(slot.base,), slots=True, kw_only=True)
     options.__module__ = factory.__module__
     options.__doc__ = f"Options of {slot.path}={name}."
     setattr(module, class_name, options)
-    return Component(
-        slot, name, factory, options, tuple(wiring), choices, frozenset(tuples), _outside(factory)
-    )
+    return Component(slot, name, factory, options, tuple(wiring), choices, frozenset(tuples), _outside(factory))
 
 
 def _outside(factory: Callable[..., Any]) -> Path | None:
@@ -206,8 +200,7 @@ def component(slot: str, name: str) -> Component:
     except KeyError:
         known = [c.name for c in components(slot)]
         raise ConfigError(
-            f"{slot}={name} is not registered{suggest(name, known)}; "
-            "a component of your own is supplied with `gptlab --plugin FILE.py …`"
+            f"{slot}={name} is not registered{suggest(name, known)}; a component of your own is supplied with `gptlab --plugin FILE.py …`"
         ) from None
 
 

@@ -54,9 +54,7 @@ def parse_budget(text: str) -> Budget:
     """Read `2000steps`, `50Mtokens`, `3epochs`, `10min`, `1e17flops` or `20x`. Raises ConfigError."""
     match = _BUDGET.match(str(text))
     if match is None:
-        raise ConfigError(
-            f"trainer.budget={text} needs an amount and a unit: 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops or 20x"
-        )
+        raise ConfigError(f"trainer.budget={text} needs an amount and a unit: 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops or 20x")
     amount = float(match[1]) * _UNITS[match[2]]
     unit = match[3] if match[3] in ("min", "flops", "x") else match[3].rstrip("s") + "s"
     if not 0 < amount < math.inf or (unit == "steps" and amount != int(amount)):

@@ -12,6 +12,8 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+
 def config_dir() -> Path:
     """The folder of recipes: beside the modules in a wheel, beside the package in a checkout."""
     return _shipped("conf")

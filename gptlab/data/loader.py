@@ -17,6 +17,7 @@ from gptlab.data.shard import TokenStream
 
 _U64 = np.uint64
 _ROUNDS = 6
+BLOCK = 64  # steps whose order is computed at once
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Loader:
 
     def __init__(self, stream: TokenStream, context: int, rows: int, seed: int) -> None:
         self.stream, self.context, self.rows, self.seed = stream, context, rows, seed
+        self._block, self._starts = -1, list[int]()
         self.windows = (len(stream) - context) // context  # a phase of up to context-1 tokens must fit
         if self.windows < rows:
             raise DataError(
@@ -73,9 +75,12 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0."""
-        index = np.arange(step * self.rows, (step + 1) * self.rows, dtype=np.int64)
-        rows = np.stack([self.stream.window(start, self.context + 1) for start in self.starts(index)])
-        tokens = torch.from_numpy(rows)
+        block, place = divmod(step, BLOCK)
+        if block != self._block:  # the order costs as much for many steps as for one
+            first = block * BLOCK * self.rows
+            self._block, self._starts = block, self.starts(np.arange(first, first + BLOCK * self.rows, dtype=np.int64))
+        starts = self._starts[place * self.rows : (place + 1) * self.rows]
+        tokens = torch.from_numpy(np.stack([self.stream.window(start, self.context + 1) for start in starts]))
         return Batch(tokens[:, :-1], tokens[:, 1:])
 
     def starts(self, index: npt.NDArray[np.int64]) -> list[int]:

@@ -98,9 +98,7 @@ def _verify(file: Path, shard: dict[str, Any], dtype: np.dtype[Any]) -> None:
         raise DataError(f"{file} is missing; delete {file.parent} and run again to prepare the data anew")
     expected = shard["tokens"] * dtype.itemsize
     if file.stat().st_size != expected:
-        raise DataError(
-            f"{file} has {file.stat().st_size:,} bytes, its manifest says {expected:,}; delete {file.parent} and run again"
-        )
+        raise DataError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {expected:,}; delete {file.parent} and run again")
     found = file_hash(file)
     if found != shard["sha256"]:
         raise DataError(f"{file} has sha256 {found[:12]}…, its manifest says {shard['sha256'][:12]}…; delete {file.parent} and run again")

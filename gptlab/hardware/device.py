@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ PEAK_FLOPS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
     "L40S": 362e12, "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def machine() -> Machine:
@@ -49,6 +53,8 @@ def set_up(config: HardwareConfig) -> torch.device:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"hardware.device={config.device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
@@ -56,6 +62,19 @@ def set_up(config: HardwareConfig) -> torch.device:
         torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(config.deterministic)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what it frees: it gives every large tensor back to the kernel and takes it again page by page, each step.
+
+    Measured on 2 cores: a product of 25 M bf16 values takes 20 ms with fresh pages and 4 ms without.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from musl
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def synchronise(device: torch.device) -> None:
@@ -80,7 +99,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource
-    import sys
 
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(size if sys.platform == "darwin" else size * 1024)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.model.context import Context
+from gptlab.model.dropout import drop
 from gptlab.model.kernel import Kernel
 from gptlab.model.linear import FusedLinear, OutputLinear
 from gptlab.model.mask import causal, within_documents
@@ -91,16 +92,14 @@ class MultiHead(nn.Module):
             taps=(self.scores, self.pattern) if self.kernel.materialises_pattern else None,
         )
         z = self.z(z.transpose(1, 2).reshape(b, t, self.heads * self.head_width))
-        return F.dropout(self.out(z), self.dropout, self.training)
+        return drop(self.out(z), self.dropout, self.training)
 
 
 @register("model/attention", "average")
 class Average(nn.Module):
     """The plain mean of the values so far: what attention is before it learns whom to ask."""
 
-    def __init__(
-        self, width: int, bias: bool, layer: int, *, form: Literal["loop", "matmul", "softmax"] = "matmul"
-    ) -> None:
+    def __init__(self, width: int, bias: bool, layer: int, *, form: Literal["loop", "matmul", "softmax"] = "matmul") -> None:
         super().__init__()
         self.layer = layer
         self.kv_heads, self.head_width = 1, width  # what a cache must hold

@@ -25,8 +25,8 @@ class _Block(nn.Module):
 class PreNorm(_Block):
     """x + f(norm(x)): the stream itself is never normalised (GPT-2; Xiong et al., 2020).
 
-        x ─┬─ norm ─ attention ─ + ─┬─ norm ─ ffn ─ + ──
-           └─────────────────────┘  └────────────┘
+    x ─┬─ norm ─ attention ─ + ─┬─ norm ─ ffn ─ + ──
+       └─────────────────────┘  └────────────┘
     """
 
     def __init__(self, norm: Callable[[], nn.Module], attention: nn.Module, ffn: nn.Module) -> None:

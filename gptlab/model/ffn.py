@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.model.context import Context
+from gptlab.model.dropout import drop
 from gptlab.model.linear import FusedLinear, OutputLinear
 
 
@@ -32,7 +33,7 @@ class _Plain(nn.Module):
         raise AssertionError("a subclass says which")
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
-        return F.dropout(self.down(self.hidden(self.activate(self.up(x)))), self.dropout, self.training)
+        return drop(self.down(self.hidden(self.activate(self.up(x)))), self.dropout, self.training)
 
 
 @register("model/ffn", "gelu")
@@ -80,7 +81,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
         gate, up = self.up(x).chunk(2, -1)
-        return F.dropout(self.down(self.hidden(self.activate(gate) * up)), self.dropout, self.training)
+        return drop(self.down(self.hidden(self.activate(gate) * up)), self.dropout, self.training)
 
 
 @register("model/ffn", "swiglu")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
+from gptlab.model.dropout import drop
 from gptlab.model.mask import Mask, causal
 from gptlab.model.position import ScoreBias
 
@@ -48,6 +49,35 @@ def _grid(q: Tensor, q_positions: Tensor, k_positions: Tensor) -> tuple[Tensor, 
     return batch, head, q_positions[:, None, :, None], k_positions[:, None, None, :]
 
 
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    bias: ScoreBias | None,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    dropout: float,
+    taps: tuple[nn.Module, nn.Module] | None = None,
+) -> Tensor:
+    """The definition: scores, mask, softmax, dropout, mean of values."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    b, h, i, j = _grid(q, q_positions, k_positions)
+    scores = (q @ k.transpose(-2, -1)) * scale
+    if bias is not None:
+        scores = scores + bias(h, i, j).to(scores.dtype)
+    scores = scores.masked_fill(~mask(b, h, i, j), -math.inf)
+    if taps is not None:
+        scores = taps[0](scores)
+    pattern = scores.softmax(-1)
+    if taps is not None:
+        pattern = taps[1](pattern)
+    return drop(pattern, dropout).to(v.dtype) @ v
+
+
 @register("model/kernel", "naive")
 class Naive:
     """Every score in memory, as in the paper: slow, and all of it can be seen and patched."""
@@ -68,20 +98,7 @@ class Naive:
         dropout: float,
         taps: tuple[nn.Module, nn.Module] | None = None,
     ) -> Float[Tensor, "b h t k"]:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        b, h, i, j = _grid(q, q_positions, k_positions)
-        scores = (q @ k.transpose(-2, -1)) * scale
-        if bias is not None:
-            scores = scores + bias(h, i, j).to(scores.dtype)
-        scores = scores.masked_fill(~mask(b, h, i, j), -math.inf)
-        if taps is not None:
-            scores = taps[0](scores)
-        pattern = scores.softmax(-1)
-        if taps is not None:
-            pattern = taps[1](pattern)
-        return F.dropout(pattern, dropout).to(v.dtype) @ v
+        return _written_out(q, k, v, mask, bias, q_positions, k_positions, scale, dropout, taps)
 
 
 @register("model/kernel", "sdpa")
@@ -105,6 +122,9 @@ class SDPA:
         taps: tuple[nn.Module, nn.Module] | None = None,
     ) -> Float[Tensor, "b h t k"]:
         grouped = q.shape[1] != k.shape[1]
+        if dropout > 0 and q.device.type == "cpu":
+            # torch's fused CPU kernel has no dropout: torch, too, would write the pattern out, and draw its mask serially.
+            return _written_out(q, k, v, mask, bias, q_positions, k_positions, scale, dropout)
         if mask is causal and bias is None and q_positions is k_positions:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
         b, h, i, j = _grid(q, q_positions, k_positions)
@@ -112,9 +132,7 @@ class SDPA:
         if bias is not None:
             allowed = torch.where(allowed, bias(h, i, j).to(q.dtype), -math.inf)
         shape = (q.shape[0], allowed.shape[1], q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed.expand(shape), dropout_p=dropout, scale=scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.expand(shape), dropout_p=dropout, scale=scale, enable_gqa=grouped)
 
 
 @register("model/kernel", "flex")

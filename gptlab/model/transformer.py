@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from gptlab.config.registry import build
 from gptlab.config.schema import ModelConfig
 from gptlab.model.cache import KVCache
 from gptlab.model.context import Context
+from gptlab.model.dropout import drop
 from gptlab.model.init import initialise, roles
 from gptlab.model.linear import undrawn
 from gptlab.model.position import Position
@@ -90,7 +90,7 @@ class Transformer(nn.Module):
         else:
             self.position.reach(int(positions.max()) + 1)
         x = self.position.embed(self.embedding(tokens), positions)
-        x = self.embedded(F.dropout(x, self.config.dropout, self.training))
+        x = self.embedded(drop(x, self.config.dropout, self.training))
         context = Context(tokens, positions, order, document, x, self.position, cache)
         for block in self.blocks:
             x = block(x, context)

@@ -35,9 +35,7 @@ class Outcome:
     message: str = ""
 
 
-def train(
-    config: Config, *, rerun: bool = False, title: str = "", settings: dict[str, str] | None = None, job: int = -1
-) -> Outcome:
+def train(config: Config, *, rerun: bool = False, title: str = "", settings: dict[str, str] | None = None, job: int = -1) -> Outcome:
     """Train a composed config to the end of its budget.
 
     The same config again is skipped when it is done, resumed when it stopped, retried from its last good checkpoint when it
@@ -158,7 +156,8 @@ def _train(trainer: Trainer, title: str) -> Outcome:
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
     metrics = MetricsFile(run.metrics_file, trainer.state.step)
     tracker: Tracker = build(config.tracker)
-    tracker.start(RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged))
+    info = RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged)
+    tracker.start(info)
     code = 1
     try:
         with RunProgress(title, trainer.steps) as progress:

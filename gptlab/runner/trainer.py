@@ -187,9 +187,7 @@ class Trainer:
         """Write a checkpoint of this step."""
         optimizer, tensors = checkpoint.pack_optimizer(self.optimizer)
         state: dict[str, Any] = {"state": asdict(self.state), "optimizer": optimizer, "scaler": self.scaler.state_dict()}
-        checkpoint.save(
-            self.run.checkpoints, self.state.step, self.model.state_dict(), state, tensors | checkpoint.pack_rng(self.device)
-        )
+        checkpoint.save(self.run.checkpoints, self.state.step, self.model.state_dict(), state, tensors | checkpoint.pack_rng(self.device))
 
     def resume(self) -> list[str]:
         """Continue from the newest good checkpoint, if there is one. Returns what was wrong with newer ones."""

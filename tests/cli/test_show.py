@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from gptlab.config.registry import components, load_components
 from tests.cli.conftest import Command
 from tests.cli.test_train import PLUGIN
@@ -43,7 +44,9 @@ def test_the_contract_is_checked_on_a_users_component(gptlab: Command, tmp_path:
     assert "every check passed" in passed.out
     bad = tmp_path / "leaking_norm.py"
     leak = "return self.gain * x / (x.abs().amax((-2, -1), keepdim=True) + self.eps)"  # looks at later tokens
-    bad.write_text(PLUGIN.replace("maxnorm", "leakingnorm").replace("return self.gain * x / (x.abs().amax(-1, keepdim=True) + self.eps)", leak))
+    bad.write_text(
+        PLUGIN.replace("maxnorm", "leakingnorm").replace("return self.gain * x / (x.abs().amax(-1, keepdim=True) + self.eps)", leak)
+    )
     failed = gptlab("components", "check", str(bad))
     assert failed.code == 1
     assert "✗" in failed.out
@@ -115,5 +118,7 @@ def test_help_answers_at_once() -> None:
     started = time.monotonic()
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "train" in result.stdout
-    assert not any(line.rpartition("|")[2].strip() in ("torch", "hydra", "omegaconf", "wandb", "numpy") for line in result.stderr.splitlines())
+    assert not any(
+        line.rpartition("|")[2].strip() in ("torch", "hydra", "omegaconf", "wandb", "numpy") for line in result.stderr.splitlines()
+    )
     assert time.monotonic() - started < 5, "0.3 s on a quiet machine"

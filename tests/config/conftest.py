@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import pytest
+
 from gptlab.config.compose import compose
 from gptlab.config.schema import Config
 

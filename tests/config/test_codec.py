@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from gptlab.config import codec
 from gptlab.config.compose import compose
 from gptlab.config.errors import CheckpointError, ConfigError

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from gptlab.config import codec
 from gptlab.config.compose import compose
 from gptlab.config.registry import component_of, components

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
 from gptlab.config import registry
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, check_choices, component, components, load_components, register

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import yaml
+
 from gptlab.config.codec import transform
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError

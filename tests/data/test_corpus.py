@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.data import corpus
 from gptlab.data.corpus import PyDocs, Shakespeare, Text, module_documentation, read_text

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from gptlab.config.errors import DataError
 from gptlab.data.loader import Batch, Loader, evaluation_batches, permute
 from gptlab.data.shard import TokenStream

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import build, component, load_components
 from gptlab.config.schema import DataConfig
@@ -60,9 +61,7 @@ def test_gpt2_gives_tiny_shakespeare_its_published_token_counts(shared_text: Cal
 
 
 @pytest.mark.parametrize(("tokenizer", "dtype"), [("char", "<u2"), ("byte", "<u2"), ("gpt2", "<u2"), ("cl100k", "<u4"), ("o200k", "<u4")])
-def test_the_shards_hold_the_whole_text_in_the_dtype_that_fits(
-    corpus_file: Path, tokenizer: str, dtype: str, tiktoken_cache: Path
-) -> None:
+def test_the_shards_hold_the_whole_text_in_the_dtype_that_fits(corpus_file: Path, tokenizer: str, dtype: str, tiktoken_cache: Path) -> None:
     prepared = prepare(config_of(corpus_file, tokenizer))
     text = corpus_file.read_text()
     assert prepared.manifest["dtype"] == dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import build, component, load_components
 from gptlab.data.tokenizer import CharTokenizer, Tokenizer, digest, from_json, to_json

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component, load_components

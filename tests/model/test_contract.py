@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from gptlab.config import registry
 from gptlab.config.registry import Component, component, components, load_components, register
 from gptlab.runner import contract_model
 from gptlab.runner.contract import Check, contract
-from torch import Tensor, nn
 
 load_components()
 # Options that change what a component computes, and so are components of their own as far as promises go.

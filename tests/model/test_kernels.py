@@ -5,11 +5,12 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from torch import Tensor
+
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component, components, load_components
 from gptlab.config.schema import ModelConfig
 from gptlab.model.transformer import Transformer, new_model
-from torch import Tensor
 
 load_components()
 POSITIONS = [c.name for c in components("model/position")]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from gptlab.config.registry import component, load_components
 from gptlab.config.schema import ModelConfig
 from gptlab.model.transformer import Transformer, new_model
-from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 load_components()
@@ -49,15 +50,37 @@ def test_logits_are_gpt2s(shape: tuple[int, ...], kernel: str, dtype: torch.dtyp
     width, depth, heads, context, vocabulary = shape
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=vocabulary, n_positions=context, n_embd=width, n_layer=depth, n_head=heads, attn_implementation="eager",
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+            vocab_size=vocabulary,
+            n_positions=context,
+            n_embd=width,
+            n_layer=depth,
+            n_head=heads,
+            attn_implementation="eager",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     )
     theirs = theirs.to(dtype).eval()
     stir(theirs)
     ours = new_model(
-        config(width, depth, heads, context, True, norm=("layernorm", {}), position=("learned", {}), attention=("multihead", {}),
-               kernel=(kernel, {}), ffn=("gelu", {}), block=("prenorm", {}), head=("tied", {}), init=("gpt2", {})),
+        config(
+            width,
+            depth,
+            heads,
+            context,
+            True,
+            norm=("layernorm", {}),
+            position=("learned", {}),
+            attention=("multihead", {}),
+            kernel=(kernel, {}),
+            ffn=("gelu", {}),
+            block=("prenorm", {}),
+            head=("tied", {}),
+            init=("gpt2", {}),
+        ),
         vocabulary,
         seed=0,
     )
@@ -86,18 +109,40 @@ def test_logits_are_llamas(shape: tuple[int, ...], kernel: str, dtype: torch.dty
     width, depth, heads, kv_heads, hidden, context, vocabulary = shape
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=hidden, num_hidden_layers=depth, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, max_position_embeddings=context, rms_norm_eps=1e-6, tie_word_embeddings=False,
-            attention_bias=False, attn_implementation="eager", bos_token_id=0, eos_token_id=0, pad_token_id=0,
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=hidden,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=context,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            attn_implementation="eager",
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
         )
     )
     theirs = theirs.to(dtype).eval()
     stir(theirs)
     ours = new_model(
-        config(width, depth, heads, context, False, norm=("rmsnorm", {"eps": 1e-6}), position=("rotary", {}),
-               attention=("multihead", {"kv_heads": kv_heads}), kernel=(kernel, {}),
-               ffn=("swiglu", {"expansion": hidden / width, "multiple_of": 1}), block=("prenorm", {}), head=("untied", {}),
-               init=("gpt2", {})),
+        config(
+            width,
+            depth,
+            heads,
+            context,
+            False,
+            norm=("rmsnorm", {"eps": 1e-6}),
+            position=("rotary", {}),
+            attention=("multihead", {"kv_heads": kv_heads}),
+            kernel=(kernel, {}),
+            ffn=("swiglu", {"expansion": hidden / width, "multiple_of": 1}),
+            block=("prenorm", {}),
+            head=("untied", {}),
+            init=("gpt2", {}),
+        ),
         vocabulary,
         seed=0,
     )

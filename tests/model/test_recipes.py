@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from gptlab.config.compose import compose
 from gptlab.config.schema import ModelConfig
 from gptlab.config.sources import config_dir
 from gptlab.model.attention import mean_by_loop, mean_by_matmul, mean_by_softmax
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, meta_model, new_model
-from torch import Tensor, nn
 
 RECIPES = sorted(p.stem for p in Path(config_dir() / "model").glob("*.yaml"))
 SMALL = 11_000_000  # parameters with 65 tokens of a model that a test can afford

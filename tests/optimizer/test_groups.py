@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, component, components, load_components
 from gptlab.config.schema import ModelConfig

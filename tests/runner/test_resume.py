@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gptlab import compose, train
 from gptlab.config.errors import CheckpointError, DivergedError, GptlabError, Stopped
 from gptlab.config.registry import register

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from gptlab import compose
 from gptlab.config.resolve import Machine, resolve
 from gptlab.data.shard import prepare

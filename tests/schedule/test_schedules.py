@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
+
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, component, components, load_components
 from gptlab.schedule.protocol import Schedule

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from gptlab import compose, train
 from gptlab.config.compose import settings
 from gptlab.config.errors import ConfigError

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import pytest
+
 from gptlab.study.statistics import deviation, mean_interval, seeds_to_settle, t_distribution, t_quantile
 
 
 @pytest.mark.parametrize(
     ("p", "df", "expected"),
     [
-        (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 3, 3.1824), (0.975, 4, 2.7764), (0.975, 10, 2.2281), (0.95, 7, 1.8946), (0.995, 30, 2.75)],
+        (0.975, 1, 12.7062),
+        (0.975, 2, 4.3027),
+        (0.975, 3, 3.1824),
+        (0.975, 4, 2.7764),
+        (0.975, 10, 2.2281),
+        (0.95, 7, 1.8946),
+        (0.995, 30, 2.75),
+    ],
 )
 def test_t_quantiles_are_those_of_the_tables(p: float, df: int, expected: float) -> None:
     assert t_quantile(p, df) == pytest.approx(expected, abs=5e-5)

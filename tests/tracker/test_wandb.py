@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+
 from gptlab import compose, train
 from gptlab.config.errors import Stopped
 from gptlab.config.registry import register
