@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+
+from gptlab.config import registry
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 WORDS = [
@@ -57,6 +60,20 @@ def own_folders(home_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     cache = SHARED / "data" / "tiktoken_cache"
     if cache.is_dir():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+
+
+@pytest.fixture(autouse=True)
+def _own_components() -> Iterator[None]:
+    """A component that a test registers is gone after it."""
+    before = set(registry._COMPONENTS)
+    yield
+    for slot, name in set(registry._COMPONENTS) - before:
+        if registry._COMPONENTS[slot, name].outside:
+            del registry._BY_OPTIONS[registry._COMPONENTS.pop((slot, name)).options]
+            group = ConfigStore.instance().repo
+            for part in slot.split("/"):
+                group = group.get(part, {})
+            group.pop(f"{name}.yaml", None)
 
 
 @pytest.fixture
