@@ -7,7 +7,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -177,15 +177,3 @@ def flatten(config: Config) -> dict[str, Any]:
     flat["name"] = encoded.pop("name")
     visit(encoded, [])
     return flat
-
-
-def transform(config: Config, path: str, change: Callable[[Any], Any]) -> Config:
-    """A copy of the config with the value at the dotted path replaced by `change(value)`."""
-
-    def walk(value: Any, parts: list[str]) -> Any:
-        if not parts:
-            return change(value)
-        name, *rest = parts
-        return dataclasses.replace(value, **{name: walk(getattr(value, name), rest)})
-
-    return typing.cast(Config, walk(config, path.split(".")))

@@ -7,7 +7,6 @@ Hydra refuses an option that belongs elsewhere.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -130,5 +129,3 @@ NOT_IDENTITY: tuple[str, ...] = (
     "name",
     "seed",  # resolved into seeds
 )
-
-Json = Any  # what json.loads gives

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from typing import Any
@@ -60,6 +61,8 @@ def set_up(config: HardwareConfig) -> torch.device:
             raise ConfigError(f"hardware.device={config.device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(config.deterministic)
     return device
 

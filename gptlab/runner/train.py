@@ -16,6 +16,7 @@ from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.shard import Prepared, prepare
 from gptlab.hardware.device import machine, peak_memory
+from gptlab.model.transformer import meta_model
 from gptlab.runner import checkpoint
 from gptlab.runner.environment import environment, source_hash
 from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
@@ -41,8 +42,9 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     The same config again is skipped when it is done, resumed when it stopped, retried from its last good checkpoint when it
     failed; `rerun` starts over. Raises GptlabError; the run's failed.json then holds the code and log.txt the traceback.
     """
-    data = _prepare(config)
     resolved = resolve(config, machine())
+    meta_model(resolved.model, vocabulary=256)  # parts that do not fit are said before text is prepared
+    data = _prepare(resolved)
     outside = codec.outside_sources(resolved)
     identity = codec.identity(resolved, data.hash, outside)
     run = run_of(resolved, identity)

@@ -31,6 +31,7 @@ from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.protocol import Metrics, Tracker
 
 WARMUP_STEPS = 10  # left out of tokens_per_second: first steps allocate, tune and compile
+UNKNOWN_STEPS = 1e12  # of a run by the clock, before its first step: far from any decay
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Trainer:
         if self.steps is not None:
             return self.steps
         share = self.state.seconds / self.time_limit
-        return self.state.step / share if share > 0 else math.inf
+        return self.state.step / share if share > 0 else UNKNOWN_STEPS
 
     def train_step(self) -> Metrics:
         """One update. The loss is normalised by the whole batch's token weight, whatever the split into micro-batches.
@@ -149,8 +150,9 @@ class Trainer:
         # A scaled fp16 gradient may overflow: the scaler then skips the update itself.
         if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or self.scaler.is_enabled()):
             what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {norm_value}"
+            kept = checkpoint.checkpoints(self.run.checkpoints)
             raise DivergedError(
-                f"{what} at step {self.state.step + 1}; the last good checkpoint is kept; "
+                f"{what} at step {self.state.step + 1}; {f'{kept[0].name} is kept' if kept else 'no checkpoint had been saved yet'}; "
                 "a lower optimizer.learning_rate or a longer schedule.warmup would help"
             )
         factor = self.schedule(self.state.step, self.total_steps)

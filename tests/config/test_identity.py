@@ -15,6 +15,7 @@ from gptlab.config.registry import component_of, components
 from gptlab.config.resolve import Machine, resolve
 from gptlab.config.schema import Config
 from gptlab.config.slots import Options
+from tests.change import transform
 
 DATA = "0" * 64
 MACHINE = Machine(devices=("cpu",))
@@ -81,7 +82,7 @@ def test_each_single_change_changes_the_identity_except_what_cannot_change_the_n
     for path, field, value in _places(config):
         free = any(path == n or path.startswith(n + ".") for n in FREE)
         for other in _others(path, field, value):
-            found = _identity(codec.transform(config, path, lambda _, other=other: other))
+            found = _identity(transform(config, path, lambda _, other=other: other))
             tried += 1
             assert (found == before) == free, f"{path}: {value!r} -> {other!r}"
             assert free or found not in seen, f"{path}: another change had this identity"

@@ -8,11 +8,11 @@ import functools
 import pytest
 import yaml
 
-from gptlab.config.codec import transform
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import Budget, Machine, parse_budget, resolve
 from gptlab.config.schema import Config
+from tests.change import transform
 
 CPU = Machine(devices=("cpu",))
 SIZES = {"batch_tokens": 1000, "epoch_tokens": 10_000, "parameters": 5_000, "flops_per_token": 100.0}

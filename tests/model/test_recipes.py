@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -104,6 +105,27 @@ def test_bigram_sees_the_current_token_alone() -> None:
 def test_bigram_can_hold_any_table() -> None:
     model = new_model(config("bigram"), 65, seed=0)
     assert int(torch.linalg.matrix_rank(model(torch.arange(65)[:, None])[:, 0].double())) == 65
+
+
+def test_bigram_reaches_the_loss_of_the_counted_table_on_its_training_text() -> None:
+    text = "".join(topics[name] for name in ("assert", "for", "while", "with", "try", "class"))
+    characters = sorted(set(text))
+    tokens = torch.tensor([characters.index(c) for c in text])
+    counts = torch.zeros(len(characters), len(characters))
+    counts.index_put_((tokens[:-1], tokens[1:]), torch.ones(len(tokens) - 1), accumulate=True)
+    frequency = counts / counts.sum()
+    table = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    counted = -(frequency * table.clamp(min=1e-30).log()).sum()
+    model = new_model(config("bigram"), len(characters), 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(400):
+        # the model sees the current token alone, so every pair of the text is one entry of this product
+        loss = -(frequency * model(torch.arange(len(characters))[:, None])[:, 0].log_softmax(-1)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    whole = loss_of(model, tokens[None, :-1], tokens[None, 1:])
+    assert counted <= whole.item() < counted + 0.002
 
 
 def test_bigram_decodes_with_a_cache() -> None:
