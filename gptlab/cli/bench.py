@@ -23,7 +23,8 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
-from gptlab.data.shard import Prepared, prepare
+from gptlab.data.prepare import prepare
+from gptlab.data.shard import Prepared
 from gptlab.hardware.device import machine
 from gptlab.runner.run import Run
 from gptlab.runner.trainer import Trainer

@@ -14,7 +14,8 @@ from gptlab.config.errors import ConfigError, GptlabError, IOFailure, Stopped
 from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
-from gptlab.data.shard import Prepared, prepare
+from gptlab.data.prepare import prepare
+from gptlab.data.shard import Prepared
 from gptlab.hardware.device import machine, peak_memory
 from gptlab.model.transformer import meta_model
 from gptlab.runner import checkpoint

@@ -21,8 +21,10 @@ from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import build, component, load_components
 from gptlab.config.schema import DataConfig
 from gptlab.data import corpus, shard
+from gptlab.data import prepare as preparation
 from gptlab.data.loader import Loader
-from gptlab.data.shard import Prepared, prepare
+from gptlab.data.prepare import prepare
+from gptlab.data.shard import Prepared
 from tests.conftest import sentences
 
 load_components()
@@ -95,7 +97,7 @@ def test_a_border_between_documents_and_none_after_the_last(tmp_path: Path, toke
 def test_no_character_is_lost_where_borders_meet_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
     for constant in (9, 10, 45, 90):
         monkeypatch.setattr(corpus, "PIECE", constant)
-        monkeypatch.setattr(shard, "UNIT", 10)
+        monkeypatch.setattr(preparation, "UNIT", 10)
         monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / str(constant)))
         file = tmp_path / "x.txt"
         text = "abcdefghij"[:7] * 100
@@ -129,7 +131,7 @@ def test_safe_cuts_leave_the_tokens_of_any_text_as_they_are(name: str, tiktoken_
     cuts = 0
     for text in nasty():
         whole = tokenizer.encode(text).tolist()
-        places = [m.start() for m in shard._CUT.finditer(text) if m.start()]
+        places = [m.start() for m in preparation._CUT.finditer(text) if m.start()]
         cuts += len(places)
         parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
         assert [t for part in parts for t in tokenizer.encode(part).tolist()] == whole
@@ -141,11 +143,11 @@ def test_safe_cuts_leave_the_tokens_of_any_text_as_they_are(name: str, tiktoken_
 def test_pieces_give_the_tokens_of_the_whole(
     name: str, file: str, shared_text: Callable[[str], Path], tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "UNIT", 1000)
+    monkeypatch.setattr(preparation, "UNIT", 1000)
     tokenizer = build(component("data/tokenizer", name).options())
     text = shared_text(file).read_text(encoding="utf-8")[:400_000]
     pieces = [(text[i : i + 777], i + 777 >= len(text)) for i in range(0, len(text), 777)]
-    units = list(shard._units(pieces))
+    units = list(preparation._units(pieces))
     assert len(units) > len(text) // 2000
     assert "".join(t for unit in units for t, _ in unit) == text
     cut = [t for unit in units for part, _ in unit for t in tokenizer.encode(part).tolist()]
@@ -153,16 +155,16 @@ def test_pieces_give_the_tokens_of_the_whole(
 
 
 def test_units_are_bounded_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "UNIT", 100)
+    monkeypatch.setattr(preparation, "UNIT", 100)
     for text in ("a" * 5000, "ab " * 2000, "\n" * 3000):
         for size in (1, 30, 99, 100, 101, 250, 10_000):
             pieces = [(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)]
-            units = list(shard._units(pieces))
+            units = list(preparation._units(pieces))
             assert "".join(t for unit in units for t, _ in unit) == text
             assert [last for unit in units for _, last in unit][-1]
             assert max(sum(len(t) for t, _ in unit) for unit in units) < 300
     many = [("abc", True)] * 1000
-    units = list(shard._units(many))
+    units = list(preparation._units(many))
     assert [piece for unit in units for piece in unit] == many
     assert len(units) < 40
 
@@ -171,7 +173,7 @@ def test_units_are_bounded_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_threads_do_not_change_a_byte(shared_text: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "UNIT", 1 << 14)
+    monkeypatch.setattr(preparation, "UNIT", 1 << 14)
     made = []
     for threads in (1, 2):
         monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / str(threads)))
@@ -409,7 +411,7 @@ def test_a_validation_set_that_is_trained_on_is_refused(tmp_path: Path, empty_ho
 
 def test_an_overlap_is_found_across_shards_and_stretches(tmp_path: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "SHARD_TOKENS", 500)
-    monkeypatch.setattr(shard, "UNIT", 300)
+    monkeypatch.setattr(preparation, "UNIT", 300)
     text, extra = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text(sentences(600))
     extra.write_text(sentences(600)[4000:5000])
@@ -441,7 +443,7 @@ def test_preparing_the_same_data_at_once_gives_one_folder(corpus_file: Path, emp
 
 def test_two_processes_preparing_the_same_data_both_succeed(corpus_file: Path, empty_home: Path) -> None:
     code = (
-        "import sys; from tests.data.test_shard import config_of; from gptlab.data.shard import prepare\n"
+        "import sys; from tests.data.test_shard import config_of; from gptlab.data.prepare import prepare\n"
         "sys.stdin.readline(); print(prepare(config_of(sys.argv[1], 'byte')).hash)"
     )
     root = Path(__file__).parents[2]
@@ -489,7 +491,7 @@ def test_a_large_file_is_prepared_in_bounded_memory(tmp_path: Path, empty_home: 
         while file.tell() < 64_000_000:
             file.write(text)
     code = (
-        "import resource, sys; from tests.data.test_shard import config_of; from gptlab.data.shard import prepare\n"
+        "import resource, sys; from tests.data.test_shard import config_of; from gptlab.data.prepare import prepare\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "prepare(config_of(sys.argv[1], 'byte'), threads=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

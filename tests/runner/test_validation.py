@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from gptlab import compose
 from gptlab.config.resolve import Machine, resolve
-from gptlab.data.shard import prepare
+from gptlab.data.prepare import prepare
 from gptlab.model.transformer import new_model
 from gptlab.runner import validation
 from tests.tiny import tiny
