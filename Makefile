@@ -6,7 +6,7 @@ READY := $(VENV)/.gptlab-ready
 
 .PHONY: run test lint env clean
 run: $(READY)
-	$(BIN)/gptlab train experiment=quickstart
+	@$(BIN)/gptlab train experiment=quickstart
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -144,6 +145,7 @@ def join_study(run: Run, config: Config, *, arm: str, settings: dict[str, str], 
     """Note in the study's folder that it compares this run. `arm` names the config less its seeds."""
     folder = runs_root() / config.study
     folder.mkdir(parents=True, exist_ok=True)
+    settings = settings or {"name": re.sub(r",?seed=\d+", "", config.name)}
     line = {"identity": run.identity, "name": config.name, "arm": arm, "settings": settings, "seed": config.seed, "job": job}
     line["time"] = time.time()
     with (folder / MEMBERS).open("a", encoding="utf-8") as file:

@@ -44,7 +44,7 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     failed; `rerun` starts over. Raises GptlabError; the run's failed.json then holds the code and log.txt the traceback.
     """
     resolved = resolve(config, machine())
-    meta_model(resolved.model, vocabulary=256)  # parts that do not fit are said before text is prepared
+    _check_model(resolved)
     data = _prepare(resolved)
     outside = codec.outside_sources(resolved)
     identity = codec.identity(resolved, data.hash, outside)
@@ -61,7 +61,19 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
         join_study(run, resolved, arm=arm, settings=settings or {}, job=job)
         if rerun:
             _clear(run)
+        elif (done := run.read("done.json")) is not None:  # another process finished it meanwhile
+            return _skip(run, done, title)
         return _train(trainer, title)
+
+
+def _check_model(config: Config) -> None:
+    """Say what does not fit before text is prepared. What else a component raises is told when the model is really built."""
+    try:
+        meta_model(config.model, vocabulary=256)
+    except GptlabError:
+        raise
+    except Exception:  # a component that cannot be built without memory
+        return
 
 
 def _built(config: Config, data: Prepared, run: Run) -> Trainer:

@@ -94,7 +94,7 @@ def _label(arms: list[Arm]) -> None:
     """Name each arm by what its settings do not share with every other arm; one without any is the base."""
     shared = set.intersection(*(set(a.settings.items()) for a in arms)) if arms else set()
     for arm in arms:
-        arm.label = " ".join(_word(k, v) for k, v in arm.settings.items() if (k, v) not in shared) or "base"
+        arm.label = " ".join(_word(k, v) for k, v in arm.settings.items() if (k, v) not in shared).strip() or "base"
     labels = [a.label for a in arms]
     for arm in arms:
         if labels.count(arm.label) > 1:
@@ -103,7 +103,7 @@ def _label(arms: list[Arm]) -> None:
 
 def _word(key: str, value: str) -> str:
     """A component or recipe speaks for itself (`rmsnorm`); a value needs its key (`learning_rate=0.01`)."""
-    return value if key in SLOTS or key in ("model", "data", "hardware") else f"{key.rpartition('.')[2]}={value}"
+    return value if key in SLOTS or key in ("model", "data", "hardware", "name") else f"{key.rpartition('.')[2]}={value}"
 
 
 def compare(study: str, *, baseline: str | None = None) -> Comparison:

@@ -68,7 +68,11 @@ class _Wandb:
 
     def log(self, metrics: Metrics) -> None:
         if self._run is not None and int(metrics["step"]) > self._logged_to:
-            self._run.log(metrics)
+            try:
+                self._run.log(metrics)
+            except Exception as error:  # its service process is gone
+                self._warn("stopped", error, "metrics go to metrics.jsonl alone from here")
+                self._run = None
 
     def finish(self, summary: Metrics, code: int) -> None:
         if self._run is None:

@@ -148,6 +148,17 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(corpus_file: Pat
     assert "resumed at step" in line
 
 
+def test_ctrl_c_ends_a_sweep_at_once_and_the_same_command_goes_on(corpus_file: Path, tmp_path: Path) -> None:
+    budget = ["trainer.budget=100000steps", "schedule=constant"]
+    process = start("train", "-m", *tiny(corpus_file, *budget), "seed=0,1", "study=cut", folder=tmp_path)
+    wait_for(lambda: bool(written()))
+    process.send_signal(signal.SIGINT)
+    result = finish(process)
+    assert result.code == 75, result.err
+    assert "Traceback" not in result.err
+    assert len(list(runs().glob("cut/*/config.json"))) == 1, "the second arm was not begun"
+
+
 PLUGIN = '''
 """A norm of my own."""
 import torch

@@ -54,6 +54,15 @@ def test_a_baseline_of_another_study_is_found_and_not_trained_again(corpus_file:
     assert [r.label for r in compare("two").rows] == ["base", "rmsnorm"]
 
 
+def test_runs_of_the_python_api_are_named_after_their_overrides(corpus_file: Path) -> None:
+    for overrides in (["seed=0"], ["seed=1"], ["model/norm=rmsnorm", "seed=0"], ["model/norm=rmsnorm", "seed=1"]):
+        train(compose([*tiny(corpus_file, "study=api", steps=2), *overrides]))
+    rows = compare("api").rows
+    assert [r.seeds for r in rows] == [[0, 1], [0, 1]]
+    assert "norm=rmsnorm" in rows[1].label
+    assert "seed" not in rows[1].label
+
+
 def test_unfinished_runs_are_left_out_and_counted(corpus_file: Path) -> None:
     arm(corpus_file, "seed=0")
     (arm(corpus_file, "seed=1", job=1).directory / "done.json").unlink()
