@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from gptlab.hardware.precision import autocast
 def main() -> None:
     """Serve one job until standard input ends."""
     job: dict[str, Any] = json.loads(sys.argv[1])
-    with contextlib.redirect_stdout(sys.stderr), open("/dev/null", "w") as nothing, contextlib.redirect_stderr(nothing):
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # it prints its size, and answers go there
         source = _load(Path(job["folder"]) / "model.py")
         device = torch.device(job["device"])
         model = source.GPT(source.GPTConfig(**job["model"])).to(device)
