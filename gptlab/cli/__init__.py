@@ -34,9 +34,18 @@ def _complete_overrides(context: typer.Context, incomplete: str) -> list[str]:
     return completion.complete(incomplete)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"gptlab {version('gptlab')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     plugin: Annotated[list[Path] | None, typer.Option(help="A Python file that registers components of your own.", metavar="FILE")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)] = False,
 ) -> None:
     """Build, train and compare GPT-2-class language models."""
     if plugin:
@@ -56,9 +65,13 @@ def train(
     ] = None,
 ) -> None:
     """Compose a config with Hydra overrides and train it; -m sweeps; --help lists everything."""
-    from gptlab.cli.train import train as run_train
+    try:
+        from gptlab.cli.train import train as run_train
 
-    raise typer.Exit(run_train(arguments or []))
+        raise typer.Exit(run_train(arguments or []))
+    except KeyboardInterrupt:  # before or after training, which stops by itself
+        print("gptlab: interrupted outside training; nothing was lost", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()

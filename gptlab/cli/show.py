@@ -45,17 +45,17 @@ def components(slot: str | None) -> None:
     if slot is not None and slot not in SLOTS:
         raise ConfigError(f"--slot {slot}: no such slot{suggest(slot, SLOTS)}; there are {', '.join(SLOTS)}")
     for place in SLOTS.values() if slot is None else [SLOTS[slot]]:
-        say(f"\n[bold]{place.path}[/]  [dim]{place.summary}[/]")
+        say(("\n" + place.path, "bold"), ("  " + place.summary, "dim"))
         for component in all_components(place.path):
-            mark = " [yellow](outside)[/]" if component.outside else ""
-            say(f"  [cyan]{component.name:<12}[/]{mark} {component.summary}")
+            mark = " (outside)" if component.outside else ""
+            say((f"  {component.name:<12}", "cyan"), (mark, "yellow"), f" {component.summary}")
             options = ", ".join(_option(component, f.name) for f in fields(component.options))
             if options:
                 console.print(f"  {'':<12} {options}", style="dim", markup=False)
 
         presets = _presets(place.path)
         if presets:
-            say(f"  [dim]presets: {'; '.join(presets)}[/]")
+            say((f"  presets: {'; '.join(presets)}", "dim"))
 
 
 def _presets(group: str) -> list[str]:
@@ -85,12 +85,12 @@ def check(file: Path) -> int:
         raise ConfigError(f"{file} registers no component; decorate a class or function with @register(SLOT, NAME)")
     failures = 0
     for component in found:
-        say(f"[bold]{component.slot.path}={component.name}[/]  {component.summary}")
+        say((f"{component.slot.path}={component.name}", "bold"), f"  {component.summary}")
         for result in contract(component):
             failures += not result.passed
-            mark = "[green]✓[/]" if result.passed else "[red]✗[/]"
-            say(f"  {mark} {result.name}" + (f"  [dim]{result.detail}[/]" if result.detail else ""))
-    say(f"{failures} failed" if failures else "[green]every check passed[/]")
+            mark = ("  ✓ ", "green") if result.passed else ("  ✗ ", "red")
+            say(mark, result.name, (f"  {result.detail}", "dim"))
+    say(f"{failures} failed" if failures else ("every check passed", "green"))
     return 1 if failures else 0
 
 
@@ -109,7 +109,7 @@ def list_runs(study: str | None) -> None:
     for run in runs:
         failure = run.read("failed.json") if run.state == "failed" else None
         if failure:
-            say(f"[red]{run.identity}[/] exit {failure['code']}: {failure['message']}")
+            say((run.identity, "red"), f" exit {failure['code']}: {failure['message']}")
 
 
 _COLOURS = {"done": "green", "failed": "red", "running": "cyan", "stopped": "yellow", "new": "dim"}
@@ -127,7 +127,7 @@ def _run_table(study: str, runs: list[Run]) -> Table:
             run.name.replace(",", " "),
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             str(lines[-1]["step"] if lines else 0),
-            f"{losses[-1]:.4f}" if losses else "",
+            f"{float(losses[-1]):.4f}" if losses else "",
             _age(run),
         )
     return shown
@@ -146,17 +146,18 @@ def show_run(reference: str) -> None:
     load_components()
     run = find_run(reference)
     config = run.config()
-    say(f"[bold]{run.directory}[/]  {run.state}" + (f" by {holder(run.directory)}" if run.state == "running" else ""))
+    say((str(run.directory), "bold"), f"  {run.state}" + (f" by {holder(run.directory)}" if run.state == "running" else ""))
     done, failed, environment = run.read("done.json"), run.read("failed.json"), run.read("environment.json") or {}
     if done:
         say(f"done {done['finished']} by gptlab sources {done['source']}")
     if failed:
-        say(f"[red]failed {failed['time']}: {failed['message']} (exit {failed['code']}); the traceback is in log.txt[/]")
+        say((f"failed {failed['time']}: {failed['message']} (exit {failed['code']}); the traceback is in log.txt", "red"))
     if environment:
         packages = environment.get("packages", {})
         hardware = environment.get("hardware", {})
-        say(f"[dim]gptlab {packages.get('gptlab')}, torch {packages.get('torch')}, python {environment.get('python')}, "
-            f"{hardware.get('gpu') or hardware.get('cpu')} ({hardware.get('device')}, {hardware.get('threads')} threads)[/]")  # fmt: skip
+        versions = f"gptlab {packages.get('gptlab')}, torch {packages.get('torch')}, python {environment.get('python')}"
+        place = f"{hardware.get('gpu') or hardware.get('cpu')} ({hardware.get('device')}, {hardware.get('threads')} threads)"
+        say((f"{versions}, {place}", "dim"))
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("key")
     shown.add_column("value", overflow="fold")
@@ -177,7 +178,7 @@ def _value(value: Any) -> str:
 def remove(reference: str, *, yes: bool) -> None:
     """Delete a run, after asking."""
     run = find_run(reference)
-    if not yes and not typer.confirm(f"delete {run.directory} ({run.state})?"):
+    if not yes and not typer.confirm(f"delete {run.directory.resolve()} ({run.state})?"):
         say("kept")
         return
     remove_run(run)

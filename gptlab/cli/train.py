@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -20,10 +21,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config import compose
-from gptlab.config.errors import GptlabError, Stopped
+from gptlab.config.errors import ConfigError, GptlabError, Stopped
 from gptlab.config.explain import check_overrides, explain
+from gptlab.config.registry import suggest
 from gptlab.config.sources import config_dir
-from gptlab.runner.run import runs_root
+from gptlab.runner.run import PICTURE, runs_root
 from gptlab.runner.train import Outcome
 from gptlab.runner.train import train as train_run
 from gptlab.tracker.console import complain, console, say
@@ -38,9 +40,7 @@ def train(arguments: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         if "--scratch" in own:
             passed.append("tracker=none")
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptlab-"))
-            stack.enter_context(_environment("GPTLAB_RUNS", scratch))
-            say(f"[dim]scratch runs in {scratch}, deleted at the end[/]")
+            stack.enter_context(_scratch())
         if "--rerun" in own:
             stack.enter_context(_environment(RERUN, "1"))
         compose.prepare()
@@ -50,6 +50,8 @@ def train(arguments: Sequence[str]) -> int:
             stack.enter_context(_environment(SIZE, str(size)))
         outcomes = stack.enter_context(_launch_folder())
         _run_hydra(passed)
+        if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
+            print("# components: " + " ".join(compose.chosen([a for a in passed if not a.startswith("-") and "=" in a])))
         results = _read(outcomes)
         stopped = [r for r in results if r["state"] == "stopped"]
         if stopped:
@@ -63,8 +65,30 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:
+    """What is ours, and what is Hydra's: options first, since it wants the overrides in one row. Raises ConfigError for neither's."""
     ours = {"--scratch", "--rerun"}
-    return {a for a in arguments if a in ours}, [a for a in arguments if a not in ours]
+    passed = [a for a in arguments if a not in ours]
+    known = [*get_args_parser()._option_string_actions, *ours]
+    for argument in passed:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and not any(k.startswith(option) for k in known):
+            raise ConfigError(f"{option} is not an option of gptlab train{suggest(option, known)}; gptlab train --help lists them")
+    overrides = [a for a in passed if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    return {a for a in arguments if a in ours}, [*(a for a in passed if a not in overrides), *overrides]
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[None]:
+    """Runs go to a temporary folder, which is deleted at the end; after a failure it is kept, with its log."""
+    folder = tempfile.mkdtemp(prefix="gptlab-scratch-")
+    say((f"scratch runs in {folder}, deleted at the end", "dim"))
+    try:
+        with _environment("GPTLAB_RUNS", folder):
+            yield
+    except BaseException:
+        say((f"{folder} is kept", "dim"))
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -140,7 +164,7 @@ def task(composed: DictConfig) -> None:
         if stopped:
             raise _Leave from error
         if sweep:
-            say(f"[red]✗[/] {title}  {error}")
+            say(("✗", "red"), f" {title}  {error}")
         return
     _note(state | _plain(outcome))
 
@@ -176,7 +200,7 @@ def _after_sweep(results: list[dict[str, Any]]) -> int:
     if len(failed) < len(results):
         comparison = compare(study)
         show(comparison)
-        picture = draw_curves(study, runs_root() / study / "curves.png")
+        picture = draw_curves(study, runs_root() / study / PICTURE)
         say(f"\nloss curves: {picture}")
         _speak(study, min(comparison.rows, key=lambda r: r.loss.mean).label)
     for result in failed:

@@ -151,7 +151,7 @@ def outside_sources(config: Config) -> dict[str, str]:
     for path, options in options_in(config):
         chosen = component_of(options)
         is_callback = path.startswith("callbacks.")
-        if path in NOT_IDENTITY or (is_callback and not getattr(chosen.factory, "changes_training", False)):
+        if path in ("tracker", "hardware.strategy") or (is_callback and not getattr(chosen.factory, "changes_training", False)):
             continue
         digest = chosen.source_hash()
         if digest:

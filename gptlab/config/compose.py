@@ -84,6 +84,15 @@ def sweep_size(arguments: Sequence[str]) -> int | None:
     return sum(len(batch) for batch in BasicSweeper.split_arguments(parsed, None))
 
 
+def chosen(overrides: Sequence[str]) -> list[str]:
+    """The option that fills each group of a composed config: `model/norm=rmsnorm`, …"""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        choices = hydra_compose("config", list(overrides), return_hydra_config=True).hydra.runtime.choices
+    GlobalHydra.instance().clear()
+    return [f"{group}={option}" for group, option in sorted(choices.items()) if option and not str(group).startswith("hydra")]
+
+
 def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | None = None) -> Config:
     """The typed config of what Hydra composed, named after the overrides that set it apart."""
     try:

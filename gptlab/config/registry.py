@@ -255,7 +255,7 @@ def load_plugin(file: Path) -> types.ModuleType:
         sys.path.insert(0, str(file.parent))
     try:
         module = importlib.import_module(file.stem)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [f for f in inspect.getinnerframes(error.__traceback__) if f.filename == str(file)] if error.__traceback__ else []
         line = frames[-1].lineno if frames else getattr(error, "lineno", None)
         said = f": {error}" if isinstance(error, ConfigError) else f" raised {type(error).__name__}: {error}"

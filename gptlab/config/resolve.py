@@ -115,9 +115,12 @@ def _check(config: Config) -> None:
         raise ConfigError(f"trainer.log_every={config.trainer.log_every} must be at least 1")
     if config.trainer.gradient_clip < 0:
         raise ConfigError(f"trainer.gradient_clip={config.trainer.gradient_clip} must be at least 0 (0: off)")
+    for key, seed in [("seed", config.seed), *((f"seeds.{n}", getattr(config.seeds, n)) for n in ("init", "data", "dropout"))]:
+        if seed is not None and not 0 <= seed < 1 << 63:
+            raise ConfigError(f"{key}={seed} must be from 0 to 2^63 - 1")
     for key, value in (("study", config.study), ("name", config.name)):
         if value in (".", "..") or any(c in value for c in "/\\\0\n") or (key == "study" and not value):
-            raise ConfigError(f"{key}={value!r} is the name of a folder: it cannot be empty or hold a slash")
+            raise ConfigError(f"{key}={value!r} is the name of a folder: it cannot be empty, . or .., or hold a slash")
 
 
 def _resolve_hardware(hardware: HardwareConfig, model: ModelConfig, machine: Machine) -> HardwareConfig:

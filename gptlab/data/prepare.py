@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gptlab.config import codec
 from gptlab.config.errors import ConfigError, DataError, IOFailure
-from gptlab.config.registry import build
+from gptlab.config.registry import build, component_of
 from gptlab.config.schema import DataConfig
 from gptlab.data.corpus import Corpus, Piece, file_key, home, read_text, text_files
 from gptlab.data.shard import FORMAT, Prepared, ShardWriter, TokenStream, open_prepared
@@ -47,6 +47,7 @@ def prepare(config: DataConfig, *, report: Report | None = None, threads: int | 
             "corpus": corpus.name,
             "fingerprint": corpus.fingerprint(),
             "tokenizer": codec.encode(config.tokenizer),
+            "outside": [component_of(o).source_hash() for o in (config.corpus, config.tokenizer)],
             "validation_fraction": config.validation_fraction,
             "validation": {name: [file_key(f) for f in files] for name, files in extra.items()},
         }
@@ -62,7 +63,7 @@ def prepare(config: DataConfig, *, report: Report | None = None, threads: int | 
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
             made = Path(temporary) / "made"
             made.mkdir()
-            _write(made, corpus, tokenizer, config.validation_fraction, extra, report, threads or os.cpu_count() or 1)
+            _write(made, corpus, tokenizer, config, extra, report, threads or os.cpu_count() or 1)
             if folder.exists() and not (folder / "manifest.json").exists():
                 shutil.rmtree(folder)  # somebody deleted a part of it
             try:
@@ -88,7 +89,7 @@ def _write(
     folder: Path,
     corpus: Corpus,
     tokenizer: Tokenizer,
-    fraction: float,
+    config: DataConfig,
     extra: dict[str, list[Path]],
     report: Report | None,
     threads: int,
@@ -111,7 +112,7 @@ def _write(
     if total == 0:
         raise DataError(f"data/corpus={corpus.name} holds no text")
     dtype = np.dtype("<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4")
-    border = int(total * (1 - fraction))
+    border = int(total * (1 - config.validation_fraction))
     done = 0
 
     def tell(characters: int) -> None:
@@ -129,15 +130,16 @@ def _write(
             pieces = (piece for file in files for piece in read_text(file))
             splits[name] = _write_split(folder, name, pieces, tokenizer, dtype, pool, threads, tell)
     _refuse_overlap(folder, splits, dtype)
+    written = to_json(tokenizer, config.tokenizer)
     manifest = {
         "format": FORMAT,
         "corpus": corpus.name,
-        "tokenizer": {"name": tokenizer.name, "vocabulary": tokenizer.vocabulary, "sha256": digest(tokenizer)},
+        "tokenizer": {"name": written["name"], "vocabulary": tokenizer.vocabulary, "sha256": digest(written)},
         "dtype": dtype.str,
         "between_documents": "text" if tokenizer.end_of_text is None else "end_of_text",
         "splits": splits,
     }
-    for name, content in (("tokenizer.json", to_json(tokenizer)), ("manifest.json", manifest)):
+    for name, content in (("tokenizer.json", written), ("manifest.json", manifest)):
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

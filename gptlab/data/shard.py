@@ -102,10 +102,14 @@ def open_prepared(folder: Path) -> Prepared:
         if manifest["format"] != FORMAT:
             raise DataError(f"{file} has format {manifest['format']!r}, this gptlab reads format {FORMAT}; {mend}")
         expected = manifest["tokenizer"]["sha256"]
-        tokenizer = from_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), str(folder / "tokenizer.json"))
+        if {"train", "val"} - set(manifest["splits"]):
+            raise DataError(f"{file} lists the splits {', '.join(manifest['splits']) or 'none'}, not train and val; {mend}")
+        np.dtype(manifest["dtype"])
+        written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = from_json(written, str(folder / "tokenizer.json"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: its manifest or tokeniser cannot be read ({type(error).__name__}: {error}); {mend}") from error
-    found = digest(tokenizer)
+    found = digest(written)
     if found != expected:
         raise DataError(
             f"{folder / 'tokenizer.json'} is {tokenizer.name} with sha256 {found[:12]}…, "

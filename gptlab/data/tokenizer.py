@@ -10,8 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gptlab.config import codec
 from gptlab.config.errors import ConfigError, DataError, IOFailure
-from gptlab.config.registry import build, component, register
+from gptlab.config.registry import build, component_of, register
+from gptlab.config.slots import Options
+from gptlab.config.slots import Tokenizer as TokenizerSlot
 
 Ids = npt.NDArray[np.uint32]
 
@@ -165,22 +168,26 @@ def o200k() -> TiktokenTokenizer:
     return TiktokenTokenizer("o200k", "o200k_base")
 
 
-def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokeniser as JSON data, by registered name."""
-    return {"version": 1, "name": tokenizer.name, "vocabulary": tokenizer.vocabulary, "state": tokenizer.state()}
+def to_json(tokenizer: Tokenizer, options: Options | None = None) -> dict[str, Any]:
+    """A tokeniser as JSON data: its registered name, the options it was built with (None: its defaults), what it has learned."""
+    name = tokenizer.name if options is None else component_of(options).name
+    written = {} if options is None else {k: v for k, v in codec.encode(options).items() if k != "name"}
+    data = {"version": 1, "name": name, "vocabulary": tokenizer.vocabulary, "state": tokenizer.state()}
+    return data | ({"options": written} if written else {})
 
 
 def from_json(data: dict[str, Any], where: str) -> Tokenizer:
     """Read what `to_json` wrote. Raises DataError, ConfigError (not registered) or IOFailure (vocabulary not to be had)."""
     if data.get("version") != 1:
         raise DataError(f"{where}: tokeniser version {data.get('version')!r}; this gptlab reads version 1")
-    tokenizer: Tokenizer = build(component("data/tokenizer", data["name"]).options())
+    options = codec.decode(TokenizerSlot, {"name": data["name"], **data.get("options", {})}, where)
+    tokenizer: Tokenizer = build(options)
     tokenizer.restore(data["state"])
     if tokenizer.vocabulary != data["vocabulary"]:
         raise DataError(f"{where}: {data['vocabulary']} tokens written, {tokenizer.vocabulary} read back")
     return tokenizer
 
 
-def digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what `to_json` gives: the tokeniser's identity in a manifest."""
-    return hashlib.sha256(json.dumps(to_json(tokenizer), sort_keys=True).encode()).hexdigest()
+def digest(data: dict[str, Any]) -> str:
+    """SHA-256 of what `to_json` gave: the tokeniser's identity in a manifest."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -167,6 +167,6 @@ def _restore(options: Options) -> str:
     made = _fitted(options)
     if isinstance(made, str):
         return made
-    read = tokenizers.from_json(json.loads(json.dumps(tokenizers.to_json(made))), "tokenizer")
+    read = tokenizers.from_json(json.loads(json.dumps(tokenizers.to_json(made, options))), "tokenizer")
     require(read.encode(TEXT).tolist() == made.encode(TEXT).tolist(), "the tokeniser read back from its state gives other ids")
     return ""

@@ -23,6 +23,7 @@ from gptlab.config.schema import Config
 from gptlab.tracker.jsonl import read_metrics
 
 MEMBERS = "members.jsonl"  # in a study's folder: the runs it compares, wherever they lie
+PICTURE = "curves.png"  # beside it: the loss curves of its last sweep
 
 
 def runs_root() -> Path:
@@ -178,8 +179,9 @@ def studies() -> list[str]:
 
 def find_run(reference: str) -> Run:
     """A run by directory, identity, unique prefix of identity or name, or `latest`. Raises ConfigError when none or several match."""
-    if (Path(reference) / "config.json").is_file():
-        return Run(Path(reference))
+    given = Run(Path(reference))
+    if "config" in (given.read("config.json") or {}):
+        return given
     runs = all_runs()
     if not runs:
         raise ConfigError(f"there are no runs in {runs_root()} yet; `gptlab train` makes one, GPTLAB_RUNS=FOLDER looks elsewhere")
@@ -212,9 +214,16 @@ def remove_run(run: Run) -> None:
     held = holder(run.directory)
     if held:
         raise GptlabError(f"{run.directory} is being trained by {held}; stop it first")
-    shutil.rmtree(run.directory)
-    if not any(run.directory.parent.glob("*/config.json")):
-        shutil.rmtree(run.directory.parent)  # the study's last run: its list and pictures are of nothing
+    root, folder = runs_root().resolve(), run.directory.resolve()
+    if folder.parent.parent != root:
+        raise ConfigError(f"{folder} does not lie in a study below {root}: delete it yourself, or set GPTLAB_RUNS to its runs folder")
+    shutil.rmtree(folder)
+    known = {r.identity for r in all_runs()}
+    if not any(folder.parent.glob("*/config.json")) and not any(m["identity"] in known for m in members(folder.parent.name)):
+        for rest in (MEMBERS, PICTURE):  # the study compares nothing any more
+            (folder.parent / rest).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something of the user's lies there
+            folder.parent.rmdir()
 
 
 def now() -> str:

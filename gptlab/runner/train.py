@@ -23,8 +23,9 @@ from gptlab.runner.environment import environment, source_hash
 from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker.console import RunProgress, console, say
+from gptlab.tracker.guard import Guarded, TrackerWarning
 from gptlab.tracker.jsonl import MetricsFile
-from gptlab.tracker.protocol import Metrics, RunInfo, Tracker
+from gptlab.tracker.protocol import Metrics, RunInfo
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     arm = arm_of(resolved, data.hash, outside)
     done = run.read("done.json")
     if done is not None and not rerun:
+        if not (run.directory / "config.json").exists():
+            run.write("config.json", codec.to_json(resolved))  # somebody deleted it; it is the same config by its identity
         join_study(run, resolved, arm=arm, settings=settings or {}, job=job)
         return _skip(run, done, title)
     trainer = _built(resolved, data, run)  # what cannot be built is said before anything is made
@@ -106,7 +109,8 @@ def _prepare(config: Config) -> Prepared:
 
 def _skip(run: Run, done: dict[str, Any], title: str) -> Outcome:
     other = "" if done.get("source") == source_hash() else f" by other gptlab sources ({done.get('source')})"
-    say(f"[green]✓[/] {title}  val {done['summary'].get('val/loss', float('nan')):.4f}  [dim]done {done['finished']}{other}, skipped[/]")
+    loss = float(done["summary"].get("val/loss", "nan"))
+    say(("✓", "green"), f" {title}  val {loss:.4f}  ", (f"done {done['finished']}{other}, skipped", "dim"))
     return Outcome(run, "skipped", message=f"done {done['finished']}{other}")
 
 
@@ -128,8 +132,8 @@ class _Log:
 
     def _warn(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         self._append(f"{category.__name__}: {message} ({filename}:{lineno})\n")
-        if category is UserWarning and str(message).startswith("W&B"):
-            say(f"[yellow]{message}[/]")
+        if issubclass(category, TrackerWarning):
+            say((str(message), "yellow"))
 
     def _append(self, text: str) -> None:
         with (self.run.directory / "log.txt").open("a", encoding="utf-8") as log:
@@ -160,17 +164,18 @@ def _train(trainer: Trainer, title: str) -> Outcome:
     run.write("environment.json", environment(trainer.device))
     (run.directory / "tokenizer.json").write_bytes((data.folder / "tokenizer.json").read_bytes())
     for complaint in complaints:
-        say(f"[yellow]passed over {complaint}[/]")
+        say((f"passed over {complaint}", "yellow"))
     (run.directory / "failed.json").unlink(missing_ok=True)
     hardware = config.hardware
     resumed = f", resumed at step {trainer.state.step}" if trainer.state.step else ""
-    say(
-        f"[dim]  {title}: {trainer.parameters:,} parameters, {hardware.device}, {hardware.precision}"
-        f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{resumed}[/]"
+    line = (
+        f"  {title}: {trainer.parameters:,} parameters, {hardware.device}, {hardware.precision}"
+        f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{resumed}"
     )
+    say((line, "dim"))
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
     metrics = MetricsFile(run.metrics_file, trainer.state.step)
-    tracker: Tracker = build(config.tracker)
+    tracker = Guarded(build(config.tracker))
     info = RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged)
     tracker.start(info)
     code = 1
@@ -181,7 +186,7 @@ def _train(trainer: Trainer, title: str) -> Outcome:
         code = 0
         run.write("done.json", {"summary": summary, "finished": now(), "source": source_hash()})
         loss, rate = summary.get("val/loss", float("nan")), summary["train/tokens_per_second"]
-        say(f"[green]✓[/] {title}  val {loss:.4f}  [dim]{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s[/]")
+        say(("✓", "green"), f" {title}  val {loss:.4f}  ", (f"{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s", "dim"))
         return Outcome(run, "done", message=f"done in {trainer.state.wall:.1f} s")
     except GptlabError as error:
         code = error.code

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from gptlab.config.errors import ConfigError
 from gptlab.study.compare import METRIC, Arm, Comparison, Row, collect
 from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
@@ -77,7 +78,7 @@ def show(comparison: Comparison) -> None:
     if more is not None:
         console.print(more)
     for remark in remarks(comparison):
-        say(f"[dim]  {remark}[/]")
+        say((f"  {remark}", "dim"))
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -150,6 +151,10 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
         place = max(value, place + gap)
         axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=8, annotation_clip=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
-    pyplot.close(figure)
+    try:
+        figure.savefig(file)
+    except ValueError as error:
+        raise ConfigError(f"{file}: curves cannot be saved as {file.suffix or 'a file without ending'}; use .png, .svg or .pdf") from error
+    finally:
+        pyplot.close(figure)
     return file

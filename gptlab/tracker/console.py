@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
 from gptlab.tracker.protocol import Metrics
 
@@ -63,9 +64,9 @@ class RunProgress:
         self._progress.update(self._task, completed=float(metrics["step"]), **self._shown)
 
 
-def say(text: str) -> None:
-    """One line for the user, on standard output."""
-    console.print(text, markup=True)
+def say(*parts: str | tuple[str, str]) -> None:
+    """One line for the user, on standard output: plain text, and (text, style) pairs. Brackets in a text are only brackets."""
+    console.print(Text.assemble(*parts))
 
 
 def complain(text: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from gptlab.config.registry import register
+from gptlab.tracker.guard import TrackerWarning
 from gptlab.tracker.protocol import Metrics, RunInfo
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a server that does not answer
@@ -68,11 +69,7 @@ class _Wandb:
 
     def log(self, metrics: Metrics) -> None:
         if self._run is not None and int(metrics["step"]) > self._logged_to:
-            try:
-                self._run.log(metrics)
-            except Exception as error:  # its service process is gone
-                self._warn("stopped", error, "metrics go to metrics.jsonl alone from here")
-                self._run = None
+            self._run.log(metrics)
 
     def finish(self, summary: Metrics, code: int) -> None:
         if self._run is None:
@@ -86,7 +83,7 @@ class _Wandb:
     @staticmethod
     def _warn(what: str, error: Exception, then: str) -> None:
         sentence = " ".join(str(error).split())[:200] or type(error).__name__
-        warnings.warn(f"W&B {what} ({sentence}); {then}", stacklevel=3)
+        warnings.warn(TrackerWarning(f"W&B {what} ({sentence}); {then}"), stacklevel=3)
 
 
 @register("tracker", "offline")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,44 @@ def test_runs_are_listed_shown_and_removed(gptlab: Command, identity: str) -> No
     assert "no runs yet" in gptlab("runs", "list").out
 
 
+def test_a_folder_that_is_no_run_of_ours_is_never_deleted(gptlab: Command, identity: str, tmp_path: Path) -> None:
+    stranger = tmp_path / "models" / "gpt2"
+    stranger.mkdir(parents=True)
+    (stranger / "config.json").write_text("{}")
+    (tmp_path / "models" / "weights.bin").write_text("w")
+    assert gptlab("runs", "rm", str(stranger), "--yes").code == 2
+    own = next(Path(os.environ["GPTLAB_RUNS"]).glob(f"*/*{identity}"))
+    copy = tmp_path / "models" / own.name
+    shutil.copytree(own, copy)
+    refused = gptlab("runs", "rm", str(copy), "--yes")
+    assert refused.code == 2
+    assert "does not lie in a study below" in refused.err
+    assert (tmp_path / "models" / "weights.bin").exists()
+    assert copy.exists()
+
+
+def test_removing_a_studys_last_own_run_keeps_what_it_shares(gptlab: Command, identity: str, corpus_file: Path) -> None:
+    for seed in ("0", "1"):
+        gptlab("train", *tiny(corpus_file, "study=other", f"seed={seed}", steps=4))
+    own = next((Path(os.environ["GPTLAB_RUNS"]) / "other").glob("*/done.json")).parent.name.rpartition("-")[2]
+    assert gptlab("runs", "rm", own, "--yes").code == 0
+    assert json.loads(gptlab("compare", "other", "--json").out)["rows"][0]["seeds"] == [0]
+
+
+def test_a_diverged_run_is_listed(gptlab: Command, corpus_file: Path) -> None:
+    gptlab("train", *tiny(corpus_file, "study=nan", "optimizer.learning_rate=1e30", "callbacks.evaluation.every=1", steps=6))
+    listed = gptlab("runs", "list")
+    assert listed.code == 0, listed.err
+    assert "failed" in listed.out
+
+
+def test_a_deleted_config_is_written_again(gptlab: Command, identity: str, corpus_file: Path) -> None:
+    next(Path(os.environ["GPTLAB_RUNS"]).glob(f"*/*{identity}/config.json")).unlink()
+    assert gptlab("sample", identity).code == 2
+    assert "skipped" in gptlab("train", *tiny(corpus_file, "study=shown", steps=4)).out
+    assert gptlab("sample", identity).code == 0
+
+
 def test_a_run_is_found_by_directory_identity_prefix_and_latest(gptlab: Command, identity: str, corpus_file: Path) -> None:
     directory = next(Path(os.environ["GPTLAB_RUNS"]).glob(f"*/*{identity}"))
     texts = {gptlab("sample", reference, "--max-tokens", "8").out for reference in (str(directory), identity, identity[:5], "latest")}
@@ -103,6 +142,9 @@ def test_compare_prints_json_and_markdown(gptlab: Command, identity: str, tmp_pa
     assert gptlab("compare", "shown", "--markdown").out.startswith("| arm |")
     assert gptlab("compare", "shown", "--png", str(tmp_path / "c.png")).code == 0
     assert (tmp_path / "c.png").exists()
+    refused = gptlab("compare", "shown", "--png", str(tmp_path / "c.xyz"))
+    assert refused.code == 2
+    assert ".xyz" in refused.err
 
 
 def test_a_run_of_an_unregistered_component_says_which(gptlab: Command, identity: str) -> None:

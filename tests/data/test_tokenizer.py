@@ -41,7 +41,7 @@ def test_decoding_gives_the_text_back(name: str, text: str, tiktoken_cache: Path
     assert not len(ids) or int(ids.max()) < tokenizer.vocabulary
     again = from_json(to_json(tokenizer), "tokenizer.json")
     assert again.encode(text).tolist() == ids.tolist()
-    assert digest(again) == digest(tokenizer)
+    assert digest(to_json(again)) == digest(to_json(tokenizer))
 
 
 def test_vocabulary_sizes_and_borders_are_the_published_ones(tiktoken_cache: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_characters_do_not_depend_on_the_order_they_were_met_in() -> None:
     one, two = CharTokenizer(), CharTokenizer()
     one.fit(["ab", "cz"])
     two.fit(["zcb", "a"])
-    assert digest(one) == digest(two)
+    assert digest(to_json(one)) == digest(to_json(two))
     assert one.encode("abcz").tolist() == [0, 1, 2, 3]
 
 
