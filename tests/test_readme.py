@@ -25,6 +25,14 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("gptlab ")]
 
 
+def test_nothing_is_left_to_fill_in_and_every_link_leads_somewhere() -> None:
+    for file in (ROOT / "README.md", ROOT / "experiments" / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        assert "@@" not in text
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (file.parent / link).exists(), link
+
+
 def test_every_experiment_stands_in_the_table() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
     assert listed == {f.stem for f in (ROOT / "experiments").glob("*.yaml")}

@@ -82,6 +82,9 @@ def explain(error: BaseException) -> ConfigError:
         if isinstance(inner, OverrideParseException):
             said = re.sub(r"\s+", " ", str(inner.message).removeprefix(f"Error parsing override '{inner.override}'"))
             said = said.split(" See http")[0].strip()
+            if "LexerNoViableAlt" in said:  # a character outside Hydra's grammar
+                key, _, value = str(inner.override).partition("=")
+                return ConfigError(f"{key}: write {key}='\"{value}\"', with both pairs of quotes, for a value with unusual characters")
             return ConfigError(
                 f"{inner.override!r} is not an override ({said}); write key=value, and put quotes around a value with special characters"
             )
@@ -101,6 +104,8 @@ def explain(error: BaseException) -> ConfigError:
         if isinstance(inner, OmegaConfBaseException) and (inner.full_key or isinstance(inner, MissingMandatoryValue)):
             return ConfigError(_wrong_value(inner))
     message = re.sub(r"\s+", " ", str(error)).strip()
+    if match := re.search(r"Ambiguous value for argument '(.*?)' 1\.", message):
+        return ConfigError(f"{match[1]}: a list of values is a sweep; add -m")
     return ConfigError(re.sub(r" ?See https?://\S+.*$", "", message))
 
 
