@@ -72,7 +72,8 @@ def _option(component: Component, name: str) -> str:
         return f"{name} (required)"
     default = getattr(component.options(), name)
     choices = component.choices.get(name)
-    return f"{name}={default}" + (f" ({' | '.join(choices)})" if choices else "")
+    shown = json.dumps(default) if isinstance(default, str) and not default.isprintable() else default
+    return f"{name}={shown}" + (f" ({' | '.join(choices)})" if choices else "")
 
 
 def check(file: Path) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,11 +92,20 @@ def synchronise(device: torch.device) -> None:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The hardware, for a run's environment.json."""
-    found: dict[str, Any] = {"device": str(device), "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"device": str(device), "cpu": _cpu_name(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
     return found
+
+
+def _cpu_name() -> str:
+    """The processor's name; Linux tells it in a file, and platform does not look there."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int:
