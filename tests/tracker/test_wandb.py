@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,22 @@ class StopOnce(Callback):
             trainer._stop = 15
 
 
+@pytest.fixture(autouse=True)
+def _fresh_client() -> Iterator[None]:
+    """The client's service process remembers the server it first met: each test gets its own."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Server:  # type: ignore[misc]
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
         for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY"):
             monkeypatch.delenv(name, raising=False)
         yield server
-        wandb.teardown()  # the client's service process remembers the server it first met
 
 
 def test_config_group_name_history_and_summary_arrive(corpus_file: Path, online: Server) -> None:
@@ -114,7 +122,6 @@ def test_a_server_that_is_not_there_costs_one_warning(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     outcome = train(compose(tiny(corpus_file, "tracker=wandb", "study=absent")))
-    wandb.teardown()
     assert outcome.state == "done"
     assert capsys.readouterr().out.count("could not be reached") == 1
     assert outcome.run is not None
