@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gptlab.config import compose
 from gptlab.config.errors import ConfigError, GptlabError, Stopped
 from gptlab.config.explain import check_overrides, explain
 from gptlab.config.registry import suggest
+from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
 from gptlab.runner.run import PICTURE, runs_root
 from gptlab.runner.train import Outcome
@@ -155,7 +157,7 @@ def task(composed: DictConfig) -> None:
     title = compose.name_of(overrides) or "base"
     state: dict[str, Any] = {"sweep": sweep, "job": number, "title": title, "study": str(composed.study)}
     try:
-        config = compose.to_config(composed, overrides)
+        config = _side_by_side(compose.to_config(composed, overrides), job.launcher.get("n_jobs"))
         title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (config.name or title)
         outcome = train_run(config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number)
     except GptlabError as error:
@@ -167,6 +169,15 @@ def task(composed: DictConfig) -> None:
             say(("✗", "red"), f" {title}  {error}")
         return
     _note(state | _plain(outcome))
+
+
+def _side_by_side(config: Config, processes: int | None) -> Config:
+    """Share the cores among the processes of a launcher: threads that outnumber them wait for one another most of the time."""
+    cores = os.cpu_count() or 1
+    if processes is None or config.hardware.threads:
+        return config
+    threads = max(1, cores // (processes if processes > 0 else cores))
+    return replace(config, hardware=replace(config.hardware, threads=threads))
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

@@ -202,6 +202,8 @@ def test_a_plugin_is_one_file_through_the_joblib_launcher_too(corpus_file: Path,
     assert result.code == 0, result.err
     assert "4 runs: 4 trained" in result.out
     assert "maxnorm" in result.out
+    written = json.loads(next((runs() / "mine").glob("*/config.json")).read_text())
+    assert written["config"]["hardware"]["threads"] == max(1, (os.cpu_count() or 1) // 2), "the cores are shared"
     alone = finish(start("runs", "show", "norm=maxnorm,", folder=tmp_path))
     assert alone.code == 2
     shown = finish(start("sample", next(d.name.rpartition("-")[2] for d in (runs() / "mine").glob("*maxnorm*")), folder=tmp_path))
