@@ -28,7 +28,6 @@ from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
 from gptlab.runner.run import PICTURE, runs_root
-from gptlab.runner.train import Outcome
 from gptlab.runner.train import train as train_run
 from gptlab.tracker.console import complain, console, say
 
@@ -53,16 +52,16 @@ def train(arguments: Sequence[str]) -> int:
         outcomes = stack.enter_context(_launch_folder())
         _run_hydra(passed)
         if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
-            print("# components: " + " ".join(compose.chosen([a for a in passed if not a.startswith("-") and "=" in a])))
+            print("# components: " + " ".join(compose.chosen([a for a in passed if _is_override(a)])))
         results = _read(outcomes)
         stopped = [r for r in results if r["state"] == "stopped"]
         if stopped:
             raise Stopped(stopped[0]["message"])
         if results and results[0]["sweep"]:
-            return _after_sweep(results)
+            _after_sweep(results)
         for result in results:
-            if result["code"]:
-                raise ExitWith(result["message"], result["code"])
+            if result["code"]:  # of a sweep they have been told, and its code is 1
+                raise ExitWith("", 1) if result["sweep"] else ExitWith(result["message"], result["code"])
         return 0
 
 
@@ -75,8 +74,12 @@ def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:
         option = argument.partition("=")[0]
         if option.startswith("--") and not any(k.startswith(option) for k in known):
             raise ConfigError(f"{option} is not an option of gptlab train{suggest(option, known)}; gptlab train --help lists them")
-    overrides = [a for a in passed if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    overrides = [a for a in passed if _is_override(a)]
     return {a for a in arguments if a in ours}, [*(a for a in passed if a not in overrides), *overrides]
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 @contextlib.contextmanager
@@ -168,7 +171,7 @@ def task(composed: DictConfig) -> None:
         if sweep:
             say(("✗", "red"), f" {title}  {error}")
         return
-    _note(state | _plain(outcome))
+    _note(state | {"state": outcome.state, "code": outcome.code, "message": outcome.message})
 
 
 def _side_by_side(config: Config, processes: int | None) -> Config:
@@ -178,11 +181,6 @@ def _side_by_side(config: Config, processes: int | None) -> Config:
         return config
     threads = max(1, cores // (processes if processes > 0 else cores))
     return replace(config, hardware=replace(config.hardware, threads=threads))
-
-
-def _plain(outcome: Outcome) -> dict[str, Any]:
-    directory = str(outcome.run.directory.resolve()) if outcome.run else ""
-    return {"state": outcome.state, "code": outcome.code, "message": outcome.message, "directory": directory}
 
 
 def _note(result: dict[str, Any]) -> None:
@@ -199,8 +197,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: int(r["job"]))
 
 
-def _after_sweep(results: list[dict[str, Any]]) -> int:
-    """Say what the sweep did, compare its arms, draw them, and let the best speak. Returns the exit code."""
+def _after_sweep(results: list[dict[str, Any]]) -> None:
+    """Say what the sweep did, compare its arms, draw them, let the best speak, and tell of each failure."""
     from gptlab.study.compare import compare
     from gptlab.study.report import draw_curves, show
 
@@ -216,7 +214,6 @@ def _after_sweep(results: list[dict[str, Any]]) -> int:
         _speak(study, min(comparison.rows, key=lambda r: r.loss.mean).label)
     for result in failed:
         complain(f"failed: {result['title']}: {result['message']} (exit {result['code']})")
-    return 1 if failed else 0
 
 
 def _speak(study: str, label: str) -> None:

@@ -32,7 +32,7 @@ from gptlab.tracker.protocol import Metrics, RunInfo
 class Outcome:
     """What became of a run: `state` is done, skipped, stopped or failed; `code` its exit code; `message` a sentence."""
 
-    run: Run | None
+    run: Run
     state: str
     code: int = 0
     message: str = ""

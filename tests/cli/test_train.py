@@ -70,6 +70,25 @@ def test_a_failed_scratch_run_keeps_its_log(gptlab: Command, corpus_file: Path) 
     shutil.rmtree(folder)
 
 
+def test_a_failed_scratch_sweep_keeps_its_logs(gptlab: Command, corpus_file: Path) -> None:
+    result = gptlab("train", "--scratch", "-m", *tiny(corpus_file, steps=2), "optimizer.learning_rate=1e30,1e-3")
+    assert result.code == 1
+    shutil.rmtree(re.search(r"(\S+) is kept", result.out)[1])  # type: ignore[index]
+
+
+def test_an_interrupt_outside_training_is_told(corpus_file: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow_start.py"
+    slow.write_text("import time\nprint('waiting', flush=True)\ntime.sleep(60)\n")
+    process = start("--plugin", str(slow), "train", *tiny(corpus_file), folder=tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    result = finish(process)
+    assert result.code == 130
+    assert "interrupted outside training" in result.err
+    assert not runs().exists()
+
+
 def test_scratch_leaves_nothing(gptlab: Command, corpus_file: Path) -> None:
     result = gptlab("train", "--scratch", *tiny(corpus_file, steps=2))
     assert result.code == 0, result.err
