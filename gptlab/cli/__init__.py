@@ -21,6 +21,10 @@ app = typer.Typer(
 runs_app = typer.Typer(help="List, show and delete runs.", no_args_is_help=True)
 bench_app = typer.Typer(help="Time gptlab on this machine.", no_args_is_help=True)
 components_app = typer.Typer(help="List the components; check one of your own.", invoke_without_command=True)
+data_app = typer.Typer(help="Prepare data ahead of training; look at it.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train tokenisers; compare them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+data_app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(runs_app, name="runs")
 app.add_typer(bench_app, name="bench")
 app.add_typer(components_app, name="components")
@@ -32,6 +36,12 @@ def _complete_overrides(context: typer.Context, incomplete: str) -> list[str]:
     from gptlab.cli import completion
 
     return completion.complete(incomplete)
+
+
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDE]…", help="As for train: data=NAME, data.corpus.path=FILE, …", autocompletion=_complete_overrides),
+]
 
 
 def _version(asked: bool) -> None:
@@ -159,6 +169,65 @@ def bench_train(
     from gptlab.cli.bench import train as bench
 
     bench(against, model=model, rounds=rounds, as_json=as_json)
+
+
+@bench_app.command("data")
+def bench_data(
+    text: Annotated[Path | None, typer.Option(help="The text to tokenise; Python's documentation unless named.", metavar="FILE")] = None,
+    megabytes: Annotated[int, typer.Option(help="How much of it; a shorter text is repeated.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Time preparation beside the bare tokeniser, and the loader over two billion tokens."""
+    from gptlab.cli.bench_data import data as bench
+
+    bench(text, megabytes=megabytes, rounds=rounds, as_json=as_json)
+
+
+@data_app.command("prepare")
+def data_prepare(overrides: OverridesArgument = None) -> None:
+    """Tokenise a corpus into shards; go on with what was stopped."""
+    from gptlab.cli.data import prepare
+
+    prepare(overrides or [])
+
+
+@data_app.command("report")
+def data_report(
+    overrides: OverridesArgument = None,
+    documents: Annotated[int, typer.Option(help="Documents to show of each source.")] = 3,
+    rows: Annotated[int, typer.Option(help="Training rows to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Say what a corpus holds: documents, lengths, duplicates, shares, leaks, rows as training sees them."""
+    from gptlab.cli.data import report
+
+    report(overrides or [], as_json=as_json, documents=documents, rows=rows)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    overrides: OverridesArgument = None,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file; unless named, where data look for it.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Train data/tokenizer=bpe on a corpus."""
+    from gptlab.cli.data import tokenizer_train as run
+
+    run(overrides or [], out=out, as_json=as_json)
+
+
+@tokenizer_app.command("report")
+def tokenizer_report(
+    overrides: OverridesArgument = None,
+    compare: Annotated[str, typer.Option(help="Others to compare: gpt2,cl100k,byte or files of `tokenizer train`.")] = "",
+    show: Annotated[str, typer.Option(help="A text to show in tokens.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Measure a tokeniser on a corpus, beside others."""
+    from gptlab.cli.data import tokenizer_report as run
+
+    run(overrides or [], compare=compare, show=show, as_json=as_json)
 
 
 def main() -> None:

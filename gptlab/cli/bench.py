@@ -24,7 +24,7 @@ from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.prepare import prepare
-from gptlab.data.shard import Prepared
+from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import machine
 from gptlab.runner.run import Run
 from gptlab.runner.trainer import Trainer

@@ -135,8 +135,7 @@ def options_in(config: Any, path: str = "") -> Iterator[tuple[str, Options]]:
     """Every component's options in a config, with the dotted path of its place."""
     items: list[tuple[str, Any]] = []
     if isinstance(config, Options):
-        yield path, config
-        return
+        yield path, config  # and what it is made of: a mix's sources
     if is_dataclass(config):
         items = [(f.name, getattr(config, f.name)) for f in fields(config)]
     elif isinstance(config, dict):

@@ -29,7 +29,7 @@ from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
 _NAMELESS = ("experiment", "study", "name", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
-             "trainer.log_every", "callbacks", "callback", "data.corpus.path", "hydra")  # fmt: skip
+             "trainer.log_every", "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
 
 
 def prepare() -> None:
@@ -115,7 +115,8 @@ def settings(overrides: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        key = key.split("@")[0] if "@" in key else key
+        group, _, place = key.partition("@")
+        key = group if not place.startswith(_NAMELESS) else place
         if not any(key == n or key.startswith((n + ".", n + "/")) for n in _NAMELESS):
             found[key] = value
     return found

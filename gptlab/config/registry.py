@@ -30,7 +30,7 @@ ENTRY_POINTS = "gptlab.components"
 # Modules that register the built-in components; imported when a command needs them, since they import torch.
 BUILTIN = (
     *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "block", "head", "init")),
-    *(f"gptlab.data.{m}" for m in ("corpus", "tokenizer")),
+    *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe")),
     "gptlab.hardware.strategy",
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd")),
     *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant")),

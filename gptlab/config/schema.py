@@ -52,14 +52,26 @@ class ModelConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class FilterConfig:
+    """Which documents are left out of the training text."""
+
+    exact_duplicates: bool = False  # a document whose text, but for white space, was there before
+    near_duplicates: float = 0.0  # the share of common 5-word shingles from which a later document goes; 0: off
+    validation_overlap: bool = False  # documents that share a run of 13 words with a validation set
+    benchmarks: dict[str, str] = field(default_factory=dict)  # name -> file: documents that share 13 words with it go
+
+
+@dataclass(slots=True, kw_only=True)
 class DataConfig:
     """The text, its tokeniser, and what is held out."""
 
     corpus: Corpus = MISSING
     tokenizer: Tokenizer = MISSING
-    validation_fraction: float = 0.1  # the last share of the characters
+    validation_fraction: float = 0.1  # the last share of the characters; a stream holds out its first (data.corpus.held_out)
     validation: dict[str, str] = field(default_factory=dict)  # further validation sets: name -> text file
     validation_tokens: int = 0  # tokens measured of each set, in windows spread evenly; 0: all of it
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    packing: str = "concatenate"  # documents to rows: concatenate (GPT-2's), best_fit (each row begins with a document)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,6 +135,7 @@ NOT_IDENTITY: tuple[str, ...] = (
     "data.tokenizer",
     "data.validation_fraction",
     "data.validation",
+    "data.filter",
     "tracker",
     "trainer.log_every",
     "study",

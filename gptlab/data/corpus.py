@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import codecs
 import hashlib
 import http.client
 import os
@@ -17,21 +16,28 @@ from typing import Any, Protocol
 
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import register
+from gptlab.data.reader import Piece, read_file, read_text, text_files
 
-PIECE = 1 << 20  # bytes read at a time
-Piece = tuple[str, bool]  # text, and whether it ends its document
+Cursor = Any  # JSON data that says where in its source a corpus stands; None: at the beginning
 
 
 class Corpus(Protocol):
-    """A source of text."""
+    """A source of text. What cannot go on from a cursor is read from its beginning again, and what is known passed over."""
 
     name: str
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this text from another without reading it all: the key under which its shards are kept."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Piece | tuple[str, bool]]:
         """The text, document by document."""
+
+
+class Resumable(Corpus, Protocol):
+    """A corpus that goes on from a cursor."""
+
+    def pieces_from(self, cursor: Cursor) -> Iterator[tuple[Piece, Cursor]]:
+        """The pieces after a cursor, each with the cursor that stands behind it."""
 
 
 def home() -> Path:
@@ -42,40 +48,6 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptlab"
 
 
-def read_text(file: Path) -> Iterator[Piece]:
-    """A UTF-8 file as one document (a byte-order mark is no text). Raises DataError if it is empty, binary or not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    held = ""  # one piece behind, so that the last one can be told
-    at = 0
-    try:
-        with file.open("rb") as raw:
-            while chunk := raw.read(PIECE):
-                if at == 0 and b"\0" in chunk[:8192]:
-                    raise DataError(f"{file} is a binary file; gptlab reads UTF-8 text")
-                text = _decode(decoder, chunk, at, file)
-                text = text.removeprefix("\ufeff") if at == 0 else text
-                at += len(chunk)
-                if held and text:
-                    yield held, False
-                held = text or held
-        if tail := _decode(decoder, b"", at, file):
-            held += tail
-    except OSError as error:
-        raise IOFailure(f"{file} could not be read: {error.strerror}") from error
-    if not held:
-        raise DataError(f"{file} is empty")
-    yield held, True
-
-
-def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, at: int, file: Path) -> str:
-    pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk began
-    try:
-        return decoder.decode(chunk, final=not chunk)
-    except UnicodeDecodeError as error:
-        place = f"byte 0x{error.object[error.start]:02x} at offset {at - pending + error.start}"
-        raise DataError(f"{file} is not UTF-8: {place} ({error.reason}); convert it, as with iconv -t utf-8") from error
-
-
 def file_key(file: Path) -> list[Any]:
     """What tells a file from another, or from itself before it was changed, without reading it."""
     status = file.stat()
@@ -84,32 +56,31 @@ def file_key(file: Path) -> list[Any]:
 
 @register("data/corpus", "text")
 class Text:
-    """Your own files: one UTF-8 file, or every .txt and .md below a folder."""
+    """Your own files: a file, a folder or a glob of .txt, .md, .jsonl, .parquet and .csv, plain or .gz or .zst.
+
+    A row of .jsonl, .parquet and .csv is a document, its text in `column`. A plain file is one document, unless `separator` (\\n is a
+    new line) stands between documents.
+    """
 
     name = "text"
 
-    def __init__(self, *, path: str) -> None:
-        self.path = Path(path).expanduser()
-        if not self.path.exists():
-            raise ConfigError(f"data.corpus.path={path}: there is no such file or folder")
-        self.files = text_files(self.path)
+    def __init__(self, *, path: str, column: str = "text", separator: str = "") -> None:
+        self.files = text_files(path, "data.corpus.path")
+        self.column, self.separator = column, separator.replace("\\n", "\n").replace("\\t", "\t")
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"files": [file_key(f) for f in self.files]}
+        return {"files": [file_key(f) for f in self.files], "column": self.column, "separator": self.separator}
 
     def pieces(self) -> Iterator[Piece]:
-        for file in self.files:
-            yield from read_text(file)
+        for piece, _ in self.pieces_from(None):
+            yield piece
 
-
-def text_files(path: Path) -> list[Path]:
-    """The file itself, or every .txt and .md below a folder that is not empty, sorted. Raises DataError if there is none."""
-    if not path.is_dir():
-        return [path]
-    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".txt", ".md") and f.is_file() and f.stat().st_size)
-    if not found:
-        raise DataError(f"{path} holds no .txt or .md file with text in it")
-    return found
+    def pieces_from(self, cursor: Cursor) -> Iterator[tuple[Piece, Cursor]]:
+        first, passed = cursor or (0, 0)  # a file's place, and how many of its pieces are known
+        for place in range(first, len(self.files)):
+            for count, piece in enumerate(read_file(self.files[place], column=self.column, separator=self.separator), 1):
+                if place > first or count > passed:
+                    yield piece, [place, count]
 
 
 @register("data/corpus", "shakespeare")
@@ -170,10 +141,18 @@ class PyDocs:
 
     name = "pydocs"
 
+    def __init__(self) -> None:
+        self._documents: list[Piece] = []  # parsing the library takes seconds, and its text is small
+
     def fingerprint(self) -> dict[str, Any]:
         return {"python": sys.version}
 
     def pieces(self) -> Iterator[Piece]:
+        if not self._documents:
+            self._documents = list(self._read())
+        yield from self._documents
+
+    def _read(self) -> Iterator[Piece]:
         from pydoc_data.topics import topics
 
         documents = {f"topic {name}": text.strip() for name, text in topics.items()}
@@ -186,7 +165,7 @@ class PyDocs:
                     documents[f"module {'.'.join(parts)}"] = text
         # In the order of a hash, so that what is held out is of the same kinds as what is trained on.
         for name in sorted(documents, key=lambda n: hashlib.sha256(n.encode()).digest()):
-            yield documents[name], True
+            yield Piece(documents[name], True)
 
 
 def module_documentation(file: Path, name: str) -> str:

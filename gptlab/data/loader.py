@@ -1,23 +1,23 @@
-"""Batches. The order is a pure function of (data seed, epoch, index), so a loader's whole state is one integer."""
+"""Batches: training rows in their order, and every token of a held-out set once."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptlab.config.errors import DataError
+from gptlab.data.prepared import Prepared
 from gptlab.data.shard import TokenStream
+from gptlab.data.sources import Fetched, Generated, Mixed, Rows
 
-_U64 = np.uint64
-_ROUNDS = 6
 BLOCK = 64  # steps whose order is computed at once
+TASK_ROWS = 512  # held-out rows of a generated task, unless data.validation_tokens says how many tokens
+HELD_OUT = 1  # the part of a task's rows that is not trained on
 
 
 @dataclass
@@ -56,77 +56,56 @@ class Batch:
         return Batch(*moved)  # type: ignore[arg-type]
 
 
-class Loader:
-    """Training batches of `rows` windows of `context` tokens.
+def _batch(rows: Fetched) -> Batch:
+    tokens = torch.from_numpy(rows.tokens)
+    weight = None if rows.scored is None else torch.from_numpy(rows.scored.astype(np.float32))
+    document = None if rows.document is None else torch.from_numpy(rows.document)
+    return Batch(tokens[:, :-1], tokens[:, 1:], weight, document)
 
-    Each epoch cuts the text at its own phase into windows that do not overlap and visits each once, in a permuted order.
+
+class Loader:
+    """Training batches of `rows` rows each. `documents`: each token's document is told.
+
     Raises DataError when the text is shorter than one batch.
     """
 
-    def __init__(self, stream: TokenStream, context: int, rows: int, seed: int) -> None:
-        self.stream, self.context, self.rows, self.seed = stream, context, rows, seed
-        self._block, self._starts = -1, list[int]()
-        self.windows = (len(stream) - context) // context  # a phase of up to context-1 tokens must fit
-        if self.windows < rows:
+    def __init__(self, source: Rows, rows: int, *, documents: bool = False) -> None:
+        self.source, self.rows, self.documents, context = source, rows, documents, source.context
+        self._block, self._places = -1, np.zeros(0, np.int64)
+        if source.settled and source.epoch_rows < rows:
             raise DataError(
-                f"the training text has {len(stream):,} tokens, too few for one batch of {rows} x {context}, "
+                f"the training text has {source.tokens:,} tokens, too few for one batch of {rows} x {context}, "
                 f"which takes {(rows + 1) * context:,}; use more text, a smaller trainer.batch_tokens or a smaller model.context_length"
             )
 
+    @property
+    def endless(self) -> bool:
+        """Whether nobody knows how long a pass over the text is."""
+        return not self.source.known_length
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of one pass over the text."""
+        return self.source.epoch_rows * self.source.context
+
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0."""
+        if self._block < 0 and not self.source.settled:  # the order of later steps is not known yet
+            return _batch(self.source.fetch(self.source.place(self._index(step, 1)), self.documents))
         block, place = divmod(step, BLOCK)
         if block != self._block:  # the order costs as much for many steps as for one
-            first = block * BLOCK * self.rows
-            self._block, self._starts = block, self.starts(np.arange(first, first + BLOCK * self.rows, dtype=np.int64))
-        starts = self._starts[place * self.rows : (place + 1) * self.rows]
-        tokens = torch.from_numpy(np.stack([self.stream.window(start, self.context + 1) for start in starts]))
-        return Batch(tokens[:, :-1], tokens[:, 1:])
+            self._block, self._places = block, self.source.place(self._index(block * BLOCK, BLOCK))
+        return _batch(self.source.fetch(self._places[place * self.rows : (place + 1) * self.rows], self.documents))
 
-    def starts(self, index: npt.NDArray[np.int64]) -> list[int]:
-        """First token of the windows with these global indices."""
-        epochs = index // self.windows
-        found = np.empty(len(index), np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            key = _key(self.seed, int(epoch))
-            phase = key % self.context
-            found[here] = permute(index[here] % self.windows, self.windows, key) * self.context + phase
-        return [int(s) for s in found]
+    def _index(self, step: int, steps: int) -> np.typing.NDArray[np.int64]:
+        return np.arange(step * self.rows, (step + steps) * self.rows, dtype=np.int64)
+
+    def drawn(self, steps: int) -> dict[str, tuple[float, float]]:
+        """Of a mix: each source's share of the first steps' tokens, and how often its text was passed through."""
+        return self.source.drawn(steps * self.rows) if isinstance(self.source, Mixed) else {}
 
 
-def _key(seed: int, epoch: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
-
-
-def permute(index: npt.NDArray[np.int64], n: int, key: int) -> npt.NDArray[np.int64]:
-    """Where a permutation of 0…n-1 sends each index: a Feistel network with cycle walking (Black & Rogaway, 2002).
-
-    Costs the same for a billion windows as for ten, and needs no table.
-    """
-    bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = _U64((1 << bits) - 1)
-    keys = [_U64(int.from_bytes(hashlib.sha256(f"{key}:{r}".encode()).digest()[:8], "little")) for r in range(_ROUNDS)]
-    value = index.astype(_U64)
-    walking = np.ones(len(value), bool)
-    while walking.any():
-        left, right = value[walking] >> _U64(bits), value[walking] & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        value[walking] = (left << _U64(bits)) | right
-        walking &= value >= _U64(n)
-    return value.astype(np.int64)
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele et al., 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
-
-
-def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int) -> Iterator[Batch]:
+def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int, *, documents: bool = False) -> Iterator[Batch]:
     """Every token of a held-out set once as a target, in windows of `context`; or exactly `limit` of them, spread evenly.
 
     Only the last window may be shorter than `context`; it comes in a batch of its own.
@@ -138,10 +117,24 @@ def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int)
     full, rest = divmod(scored, context)  # windows of `context` targets, and a shorter one
     windows = full + (rest > 0)
     room = -(-targets // context)
-    starts = [i * room // windows * context for i in range(windows)]
+    starts = np.arange(windows, dtype=np.int64) * room // windows * context
+
+    def fetched(starts: np.typing.NDArray[np.int64], length: int) -> Batch:
+        document = stream.documents(starts, length) if documents else None
+        return _batch(Fetched(stream.windows(starts, length + 1), document))
+
     for i in range(0, full, rows):
-        tokens = torch.from_numpy(np.stack([stream.window(s, context + 1) for s in starts[i : min(i + rows, full)]]))
-        yield Batch(tokens[:, :-1], tokens[:, 1:])
+        yield fetched(starts[i : min(i + rows, full)], context)
     if rest:
-        tokens = torch.from_numpy(stream.window(starts[-1], rest + 1))[None]
-        yield Batch(tokens[:, :-1], tokens[:, 1:])
+        yield fetched(starts[-1:], rest)
+
+
+def held_out_batches(data: Prepared, name: str, context: int, limit: int, rows: int, *, documents: bool = False) -> Iterator[Batch]:
+    """The batches of a held-out set: of a text as in `evaluation_batches`, of a task rows that training never sees."""
+    if data.task is None:
+        yield from evaluation_batches(data.stream(name), context, limit, rows, documents=documents)
+        return
+    source = Generated(data.task, context, 0, HELD_OUT)
+    count = -(-limit // context) if limit else TASK_ROWS
+    for first in range(0, count, rows):
+        yield _batch(source.fetch(np.arange(first, min(first + rows, count), dtype=np.int64), documents))

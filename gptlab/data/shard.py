@@ -1,45 +1,25 @@
-"""Shards: text tokenised once into memory-mapped little-endian arrays, with a manifest that says what they hold."""
+"""Shards: text tokenised once into memory-mapped little-endian arrays, with a record that says what they hold."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gptlab.config.errors import DataError
-from gptlab.data.tokenizer import Tokenizer, digest, from_json
+from gptlab.config.errors import DataError, IOFailure
 
-FORMAT = 1
+FORMAT = 2
 SHARD_TOKENS = 100_000_000
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Prepared data: its folder, its manifest, its tokeniser."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    tokenizer: Tokenizer
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the manifest: the data's part in a run's identity."""
-        return manifest_hash(self.manifest)
-
-    @property
-    def validation_names(self) -> list[str]:
-        """The held-out sets: `val`, then those of data.validation."""
-        return [name for name in self.manifest["splits"] if name != "train"]
-
-    def stream(self, split: str) -> TokenStream:
-        """The tokens of a split. Raises DataError when a shard is missing or altered."""
-        return TokenStream(self.folder, self.manifest, split)
+ALWAYS_HASHED = 64 << 20  # bytes; a larger shard is hashed again only when its size or date has changed
+RELEASE = 64 << 20  # bytes read before the pages of a mapped file are let go: they stay in the system's cache, not in ours
+Tokens = npt.NDArray[np.int64]
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
@@ -47,44 +27,67 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-class TokenStream:
-    """The tokens of a split as one long array over its shards."""
-
-    def __init__(self, folder: Path, manifest: dict[str, Any], split: str) -> None:
-        dtype = np.dtype(manifest["dtype"])
-        if split not in manifest["splits"]:
-            raise DataError(f"{folder}: there is no set {split!r}; there are {', '.join(manifest['splits'])}")
-        self._arrays: list[npt.NDArray[Any]] = []
-        for shard in manifest["splits"][split]["shards"]:
-            file = folder / shard["file"]
-            _verify(file, shard, dtype)
-            self._arrays.append(np.memmap(file, dtype, "r") if shard["tokens"] else np.zeros(0, dtype))
-        self._starts = np.cumsum([0, *(len(a) for a in self._arrays)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def window(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        """`length` tokens from `start`, across shards where need be."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        parts: list[npt.NDArray[Any]] = []
-        while length > 0:
-            array, offset = self._arrays[first], start - int(self._starts[first])
-            part = array[offset : offset + length]
-            parts.append(part)
-            start, length, first = start + len(part), length - len(part), first + 1
-        return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON so that a reader, or a power cut, finds the old file or the new one."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as opened:
+        json.dump(content, opened, indent=1, ensure_ascii=False)
+        opened.write("\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    partial.replace(file)
 
 
-def _verify(file: Path, shard: dict[str, Any], dtype: np.dtype[Any]) -> None:
+def write_json_safely(file: Path, content: Any) -> None:
+    """The same, for a file beside others that must stay readable: a full disk is one sentence."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+    except OSError as error:
+        raise IOFailure(f"{file} could not be written ({error.strerror or error})") from error
+
+
+class _Mapped:
+    """A file of numbers, mapped as far as it is valid, and checked when it is first opened."""
+
+    def __init__(self, file: Path, dtype: np.dtype[Any], length: int, sha256: str | None) -> None:
+        self.file, self.dtype, self.length = file, dtype, length
+        _verify(file, length * dtype.itemsize, sha256)
+        self._map: mmap.mmap | None = None
+        self._array: npt.NDArray[Any] = np.zeros(0, dtype)
+        self._read = 0
+
+    def array(self, reading: int = 0) -> npt.NDArray[Any]:
+        """All numbers; `reading` is how many of them are about to be read."""
+        if len(self._array) != self.length:
+            with self.file.open("rb") as opened:
+                self._map = mmap.mmap(opened.fileno(), self.length * self.dtype.itemsize, access=mmap.ACCESS_READ)
+            self._array = np.frombuffer(self._map, self.dtype)
+        self._read += reading * self.dtype.itemsize
+        if self._read > RELEASE and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
+        return self._array
+
+
+def _verify(file: Path, expected: int, sha256: str | None) -> None:
+    """Raise DataError unless the file has its size and its content. `sha256` None: it still grows, and only its size counts."""
+    mend = f"delete {file.parent} and run again to prepare the data anew"
     if not file.is_file():
-        raise DataError(f"{file} is missing; delete {file.parent} and run again to prepare the data anew")
-    expected = shard["tokens"] * dtype.itemsize
-    if file.stat().st_size != expected:
-        raise DataError(f"{file} has {file.stat().st_size:,} bytes, its manifest says {expected:,}; delete {file.parent} and run again")
+        raise DataError(f"{file} is missing; {mend}")
+    status = file.stat()
+    if status.st_size != expected and (sha256 is not None or status.st_size < expected):
+        raise DataError(f"{file} has {status.st_size:,} bytes, its manifest says {expected:,}; {mend}")
+    if sha256 is None:
+        return
+    seal, seen = file.with_name(f"{file.name}.seen"), f"{status.st_size} {status.st_mtime_ns} {sha256}"
+    if expected > ALWAYS_HASHED and seal.is_file() and seal.read_text() == seen:
+        return
     found = file_hash(file)
-    if found != shard["sha256"]:
-        raise DataError(f"{file} has sha256 {found[:12]}…, its manifest says {shard['sha256'][:12]}…; delete {file.parent} and run again")
+    if found != sha256:
+        raise DataError(f"{file} has sha256 {found[:12]}…, its manifest says {sha256[:12]}…; {mend}")
+    if expected > ALWAYS_HASHED and os.access(file.parent, os.W_OK):
+        seal.write_text(seen)
 
 
 def file_hash(file: Path) -> str:
@@ -93,56 +96,165 @@ def file_hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def open_prepared(folder: Path) -> Prepared:
-    """Open a prepared folder. Raises DataError when its manifest or tokeniser does not match."""
-    file = folder / "manifest.json"
-    mend = f"delete {folder} and run again"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise DataError(f"{file} has format {manifest['format']!r}, this gptlab reads format {FORMAT}; {mend}")
-        expected = manifest["tokenizer"]["sha256"]
-        if {"train", "val"} - set(manifest["splits"]):
-            raise DataError(f"{file} lists the splits {', '.join(manifest['splits']) or 'none'}, not train and val; {mend}")
-        np.dtype(manifest["dtype"])
-        written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        tokenizer = from_json(written, str(folder / "tokenizer.json"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: its manifest or tokeniser cannot be read ({type(error).__name__}: {error}); {mend}") from error
-    found = digest(written)
-    if found != expected:
-        raise DataError(
-            f"{folder / 'tokenizer.json'} is {tokenizer.name} with sha256 {found[:12]}…, "
-            f"its manifest says {manifest['tokenizer'].get('name')} with {expected[:12]}…; {mend}"
-        )
-    return Prepared(folder, manifest, tokenizer)
+class TokenStream:
+    """The tokens of a split as one long array over its shards, and where its documents begin.
+
+    `parts` are (folder, what the manifest says of a split) and are joined; `limit` cuts the end off. Raises DataError when a
+    shard is missing or altered.
+    """
+
+    def __init__(self, parts: list[tuple[Path, dict[str, Any]]], dtype: np.dtype[Any], limit: int | None = None) -> None:
+        self.dtype = dtype
+        self._shards: list[_Mapped] = []
+        self._documents: list[tuple[int, _Mapped]] = []  # tokens before the part, where its documents begin
+        total = 0
+        for folder, split in parts:
+            index = split["index"]
+            self._documents.append((total, _Mapped(folder / index["file"], np.dtype("<u8"), split["documents"], index.get("sha256"))))
+            for shard in split["shards"]:
+                self._shards.append(_Mapped(folder / shard["file"], dtype, shard["tokens"], shard.get("sha256")))
+                total += shard["tokens"]
+        self._starts = np.cumsum([0, *(s.length for s in self._shards)])
+        self._length = total if limit is None else min(total, limit)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def window(self, start: int, length: int) -> Tokens:
+        """`length` tokens from `start`, across shards where need be."""
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        parts: list[npt.NDArray[Any]] = []
+        while length > 0:
+            array, offset = self._shards[first].array(length), start - int(self._starts[first])
+            part = array[offset : offset + length]
+            parts.append(part)
+            start, length, first = start + len(part), length - len(part), first + 1
+        return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
+
+    def windows(self, starts: Tokens, length: int) -> Tokens:
+        """Windows of equal length: (n,) first tokens -> (n, length) tokens."""
+        found = np.empty((len(starts), length), np.int64)
+        shard = np.searchsorted(self._starts, starts, side="right") - 1
+        for place in np.unique(shard):
+            here = np.flatnonzero(shard == place)
+            local = starts[here] - self._starts[place]
+            inside = local + length <= self._shards[place].length
+            if inside.any():
+                array = self._shards[place].array(int(inside.sum()) * length)
+                found[here[inside]] = np.lib.stride_tricks.sliding_window_view(array, length)[local[inside]]
+            for row in here[~inside]:  # over the border of a shard
+                found[row] = self.window(int(starts[row]), length)
+        return found
+
+    def document_starts(self, start: int = 0, end: int | None = None) -> Tokens:
+        """The places in [start, end) where a document begins, at the border token before it where there is one."""
+        end = self._length if end is None else min(end, self._length)
+        found = []
+        for before, mapped in self._documents:
+            places = mapped.array() if mapped.length else np.zeros(0, np.uint64)
+            low, high = np.searchsorted(places, np.array([max(start - before, 0), max(end - before, 0)], np.uint64))
+            found.append(places[low:high].astype(np.int64) + before)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def documents(self, starts: Tokens, length: int) -> Tokens:
+        """For windows as in `windows`: the number of each token's document within its window, (n, length), from 0."""
+        found = np.zeros((len(starts), length), np.int64)
+        for row, start in enumerate(starts.tolist()):
+            borders = self.document_starts(start + 1, start + length) - start
+            found[row, borders] = 1
+        return found.cumsum(1)
 
 
-class ShardWriter:
-    """Appends tokens to shard after shard, hashing as it goes."""
+@dataclass
+class SplitState:
+    """What has been written of a split: the manifest's entry for it, and where a reader goes on."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shards: list[dict[str, Any]]) -> None:
-        self.folder, self.split, self.dtype, self.shards = folder, split, dtype, shards
-        self._open()
+    tokens: int = 0
+    bytes: int = 0
+    characters: int = 0
+    documents: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # rows of the source without a text, by reason
+    removed: dict[str, int] = field(default_factory=dict)  # documents that a filter took out, by reason
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    mark: Any = None  # where the source stands; None: at its beginning
+    ended: bool = False  # whether there is nothing more
 
-    def _open(self) -> None:
-        self.name = f"{self.split}-{len(self.shards):05d}.bin"
-        self.file = (self.folder / self.name).open("wb")
-        self.hash, self.tokens = hashlib.sha256(), 0
+    def entry(self, index: dict[str, Any]) -> dict[str, Any]:
+        """The manifest's entry."""
+        counts = {n: getattr(self, n) for n in ("tokens", "bytes", "characters", "documents", "skipped", "removed")}
+        return {**counts, "shards": self.shards, "index": index}
 
-    def write(self, ids: npt.NDArray[Any]) -> None:
+
+class SplitWriter:
+    """Appends tokens to shard after shard and document starts to an index, hashing as it goes; goes on from a state.
+
+    What lies in the files behind the state's figures (a kill came between writing and recording) is cut off.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], state: SplitState) -> None:
+        self.folder, self.split, self.dtype, self.state = folder, split, dtype, state
+        self.index_name = f"{split}.documents"
+        self._index, self._index_hash = self._resume(self.index_name, 8 * state.documents)
+        last = state.shards[-1] if state.shards else None
+        if last is None or last["tokens"] >= SHARD_TOKENS:
+            self._open_next()
+        else:
+            self._file, self._hash = self._resume(last["file"], last["tokens"] * dtype.itemsize)
+
+    def _resume(self, name: str, size: int) -> tuple[Any, Any]:
+        """Open a file for appending behind its first `size` bytes, with the hash of those."""
+        file = self.folder / name
+        if size and (not file.is_file() or file.stat().st_size < size):
+            raise DataError(f"{file} is missing or shorter than the {size:,} bytes recorded; delete {self.folder} and run again")
+        opened = file.open("r+b" if size else "w+b")
+        opened.truncate(size)
+        digest, left = hashlib.sha256(), size
+        while left:
+            part = opened.read(min(left, 1 << 20))
+            digest.update(part)
+            left -= len(part)
+        opened.seek(size)
+        return opened, digest
+
+    def _open_next(self) -> None:
+        name = f"{self.split}-{len(self.state.shards):05d}.bin"
+        self._file, self._hash = self._resume(name, 0)
+        self.state.shards.append({"file": name, "tokens": 0, "sha256": self._hash.hexdigest()})
+
+    def write(self, ids: npt.NDArray[Any], starts: Tokens) -> None:
+        """Append tokens, and the places among them where documents begin."""
+        places = (starts + self.state.tokens).astype("<u8").tobytes()
+        self._index.write(places)
+        self._index_hash.update(places)
+        self.state.documents += len(starts)
+        self.state.tokens += len(ids)
         while len(ids):
-            if self.tokens == SHARD_TOKENS:
-                self.close()
-                self._open()
-            part, ids = ids[: SHARD_TOKENS - self.tokens], ids[SHARD_TOKENS - self.tokens :]
+            shard = self.state.shards[-1]
+            if shard["tokens"] >= SHARD_TOKENS:
+                self._finish()
+                self._open_next()
+                continue
+            part, ids = ids[: SHARD_TOKENS - shard["tokens"]], ids[SHARD_TOKENS - shard["tokens"] :]
             data = part.tobytes()
-            self.file.write(data)
-            self.hash.update(data)
-            self.tokens += len(part)
+            self._file.write(data)
+            self._hash.update(data)
+            shard["tokens"] += len(part)
+
+    def index(self) -> dict[str, Any]:
+        """The index file, as the manifest names it."""
+        return {"file": self.index_name, "sha256": self._index_hash.hexdigest()}
+
+    def flush(self) -> None:
+        """Make what is written durable, so that a record may speak of it."""
+        self.state.shards[-1]["sha256"] = self._hash.hexdigest()
+        for file in (self._file, self._index):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _finish(self) -> None:
+        self.flush()
+        self._file.close()
 
     def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.shards.append({"file": self.name, "tokens": self.tokens, "sha256": self.hash.hexdigest()})
+        self._file.close()
+        self._index.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        """(vocabulary,): the bytes of UTF-8 that each token stands for; 0 for a token between documents."""
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, as JSON data."""
@@ -78,6 +82,9 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.characters[i] for i in ids)
 
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(c.encode("utf-8")) for c in self.characters], np.int64)
+
     def state(self) -> dict[str, Any]:
         return {"characters": self.characters}
 
@@ -106,6 +113,13 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([1] * 256 + [0], np.int64)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which may be a part of a character."""
+        return bytes([token]) if token < 256 else b""
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -142,6 +156,19 @@ class TiktokenTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids), errors="replace")
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        found = np.zeros(self.vocabulary, np.int64)
+        special = self._encoding._special_tokens.values()
+        for token in range(self.vocabulary):
+            if token not in special:
+                with contextlib.suppress(KeyError):  # some ids of o200k stand for nothing
+                    found[token] = len(self.token_bytes(token))
+        return found
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which may be a part of a character."""
+        return self._encoding.decode_single_token_bytes(token)
 
     def state(self) -> dict[str, Any]:
         return {}

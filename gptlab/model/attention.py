@@ -27,6 +27,8 @@ class MultiHead(nn.Module):
         x ──┼ k (g heads) ─ norm ─ rotate ┼─ softmax(q·k)·v ─ out ──
             └ v (g heads) ────────────────┘
 
+    With `document_mask` no token sees another document, and positions restart with each: the model asks for its documents
+    (`Transformer.sees_documents`), and whoever feeds it gives them.
     Raises ConfigError when the heads do not divide the width, or kv_heads the heads.
     """
 
@@ -43,6 +45,7 @@ class MultiHead(nn.Module):
         kv_heads: int | None = None,
         window: int | None = None,
         qk_norm: bool = False,
+        document_mask: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -52,6 +55,7 @@ class MultiHead(nn.Module):
             raise ConfigError(f"model.attention.window={window} must be at least 1")
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.layer, self.qk_norm, self.dropout = layer, qk_norm, dropout
+        self.document_mask = document_mask  # read by Transformer.sees_documents; the mask itself comes with the documents
         self.mask = causal if window is None else window_mask(window)
         # Normalised q and k have length sqrt(k), so the same scale holds scores within ±sqrt(k).
         self.scale = head_width**-0.5
@@ -97,11 +101,19 @@ class MultiHead(nn.Module):
 
 @register("model/attention", "average")
 class Average(nn.Module):
-    """The plain mean of the values so far: what attention is before it learns whom to ask."""
+    """The plain mean of the values so far: what attention is before it learns whom to ask. `document_mask` as in multihead."""
 
-    def __init__(self, width: int, bias: bool, layer: int, *, form: Literal["loop", "matmul", "softmax"] = "matmul") -> None:
+    def __init__(
+        self,
+        width: int,
+        bias: bool,
+        layer: int,
+        *,
+        form: Literal["loop", "matmul", "softmax"] = "matmul",
+        document_mask: bool = False,
+    ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.document_mask = layer, document_mask
         self.kv_heads, self.head_width = 1, width  # what a cache must hold
         self.value = nn.Linear(width, width, bias=bias)
         self.out = OutputLinear(width, width, bias=bias)
@@ -117,7 +129,7 @@ class Average(nn.Module):
             k_order = torch.arange(value.shape[1], device=x.device)[None]
         allowed = order[:, :, None] >= k_order[:, None, :]
         if context.document is not None:
-            allowed = allowed & (context.document[:, :, None] == context.document[:, None, :])
+            allowed = allowed & (k_order[:, None, :] >= context.document[:, :, None])
         out: Tensor = self.out(self.z(self.mean(value, allowed.expand(x.shape[0], -1, -1))))
         return out
 

@@ -19,7 +19,8 @@ class Context:
     """One forward pass. b batch, t queries, d width.
 
     `positions` restart with each document and feed embeddings and rotations; `order` is a token's place in its row, always
-    rising, and feeds masks and score biases. Both are (1, t) in the common case of rows 0…t-1.
+    rising, and feeds masks and score biases. Both are (1, t) in the common case of rows 0…t-1. `document` names each token's
+    document by the place in the row where it begins, whatever ids the caller gave; None where all of a row is one document.
     """
 
     tokens: Int[Tensor, "b t"]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -27,10 +29,17 @@ def window(size: int) -> Mask:
     return windowed
 
 
-def within_documents(mask: Mask, document: Int[Tensor, "b t"]) -> Mask:
-    """`mask`, and no token sees another document. For rows whose keys are the queries (no cache)."""
+def document_starts(document: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """For each token the place in its row where its document begins. A document is a run of equal ids, whatever the ids."""
+    place = torch.arange(document.shape[1], device=document.device)
+    begins = torch.where(document[:, 1:] != document[:, :-1], place[1:], 0)
+    return F.pad(begins, (1, 0)).cummax(1).values
+
+
+def within_documents(mask: Mask, starts: Int[Tensor, "b t"]) -> Mask:
+    """A causal `mask`, and no token sees another document. `starts` as of `document_starts`; for rows whose keys are the queries."""
 
     def separated(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
-        return mask(b, h, i, j) & (document[b, i] == document[b, j])
+        return mask(b, h, i, j) & (j >= starts[b, i])
 
     return separated

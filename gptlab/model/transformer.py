@@ -21,6 +21,7 @@ from gptlab.model.context import Context
 from gptlab.model.dropout import drop
 from gptlab.model.init import initialise, roles
 from gptlab.model.linear import undrawn
+from gptlab.model.mask import document_starts
 from gptlab.model.position import Position
 
 
@@ -77,16 +78,23 @@ class Transformer(nn.Module):
         positions: Int[Tensor, "b t"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """The stream after the last norm, before the head."""
+        """The stream after the last norm, before the head.
+
+        `document` (any ids; a document is a run of equal ones) keeps attention within documents and restarts `positions`, unless
+        these are given. Raises ValueError when it comes with a cache that already holds tokens.
+        """
         start = 0 if cache is None else cache.length
         if start and document is not None:
             raise ValueError("a document mask sees the tokens of one call; it cannot be used with a cache that already holds some")
         end = start + tokens.shape[1]
         fits = end <= self.order.shape[1]
         order = self.order[:, start:end] if fits else torch.arange(start, end, device=tokens.device)[None]
+        if document is not None:
+            document = document_starts(document).expand_as(tokens)
         if positions is None:
+            # Positions that restart stay within the row: asking for their maximum would wait for the device.
             self.position.reach(end)
-            positions = order
+            positions = order if document is None else order - document
         else:
             self.position.reach(int(positions.max()) + 1)
         x = self.position.embed(self.embedding(tokens), positions)
@@ -123,6 +131,11 @@ class Transformer(nn.Module):
             device=self.embedding.weight.device,
             dtype=self.embedding.weight.dtype,
         )
+
+    @property
+    def sees_documents(self) -> bool:
+        """Whether its attention asks for `document` (option `document_mask`): who trains or evaluates it then gives it."""
+        return any(getattr(block.attention, "document_mask", False) for block in self.blocks)
 
     def roles(self) -> dict[str, str]:
         """Parameter path -> role (matrix, embedding, head, gain or bias)."""

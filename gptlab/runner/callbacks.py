@@ -10,12 +10,12 @@ import torch
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, components, register
-from gptlab.data.loader import evaluation_batches
+from gptlab.data.loader import held_out_batches
 from gptlab.generate.sampling import generate
 from gptlab.hardware.device import peak_flops, peak_memory, synchronise
 from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
-from gptlab.runner.validation import validation_loss
+from gptlab.runner.validation import measure
 from gptlab.tracker.protocol import Metrics
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class Evaluation(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if not self.every:
             self.every = max(1, math.ceil(trainer.steps / 8)) if trainer.steps else 500
-        self._streams = {name: trainer.data.stream(name) for name in trainer.data.validation_names}
 
     def on_step(self, trainer: Trainer) -> None:
         if trainer.state.step % self.every == 0:
@@ -51,11 +50,7 @@ class Evaluation(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         self._measured = trainer.state.step
-        found: Metrics = {}
-        for name, stream in self._streams.items():
-            key = "val/loss" if name == "val" else f"val/{name}/loss"
-            found[key] = validation_loss(trainer.model, stream, trainer.config)
-        trainer.record(found)
+        trainer.record(measure(trainer.model, trainer.data, trainer.config))
 
 
 @register("callback", "checkpoint")
@@ -106,6 +101,16 @@ class Throughput(Callback):
         self._tokens, self._seconds = trainer.state.tokens, trainer.state.seconds
 
 
+@register("callback", "sources")
+class Sources(Callback):
+    """Of a mix: each source's share of the tokens so far, and how many times its text was passed through."""
+
+    def on_record(self, trainer: Trainer, metrics: Metrics) -> None:
+        if "train/loss" in metrics:
+            for name, (share, epochs) in trainer.loader.drawn(trainer.state.step).items():
+                metrics[f"data/share/{name}"], metrics[f"data/epochs/{name}"] = share, epochs
+
+
 @register("callback", "samples")
 class Samples(Callback):
     """A text from the model in samples/, at the end and `every` so many steps (0: at the end alone)."""
@@ -140,8 +145,7 @@ class Kernels(Callback):
     @torch.inference_mode()
     def on_end(self, trainer: Trainer) -> None:
         model, config = trainer.model, trainer.config
-        stream = trainer.data.stream("val")
-        batch = next(evaluation_batches(stream, config.model.context_length, 0, trainer.micro_batch)).to(trainer.device)
+        batch = next(held_out_batches(trainer.data, "val", config.model.context_length, 0, trainer.micro_batch)).to(trainer.device)
         attentions: list[Any] = [m for m in model.modules() if hasattr(m, "kernel")]
         if not attentions:
             raise ConfigError("callback=kernels compares attention kernels; this model has none")

@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from gptlab.config.codec import decode, encode
 from gptlab.config.errors import GptlabError, IOFailure
-from gptlab.config.registry import Component, build, has_default
+from gptlab.config.registry import Component, build, component_of, has_default
 from gptlab.config.slots import Options
 from gptlab.data import tokenizer as tokenizers
 from gptlab.model.transformer import Transformer, new_model
@@ -144,6 +144,9 @@ def _continuity(options: Options) -> str:
 
 
 def _fitted(options: Options) -> tokenizers.Tokenizer | str:
+    if hasattr(options, "vocabulary") and getattr(component_of(options).factory, "learns", False):
+        chosen: Any = options
+        options = replace(chosen, vocabulary=300)  # the text is short
     try:
         made: tokenizers.Tokenizer = build(options)
     except IOFailure as error:

@@ -85,6 +85,7 @@ def model_promises(slot: str, options: Options) -> dict[str, Promise]:
         "cache": _cache,
         "rows": _rows,
         "documents": _documents,
+        "documents alone": _documents_alone,
         "determinism": _determinism,
         "state": _state,
         "compile": _compile,
@@ -185,6 +186,22 @@ def _documents(config: ModelConfig) -> str:
         except ConfigError as error:
             return f"refused: {error}"
     same(before[document > 0], after[document > 0], 1e-12, "the logits of a document, when the one before it changes")
+    return ""
+
+
+def _documents_alone(config: ModelConfig) -> str:
+    """A document in a packed row has the logits of a row of its own: no token of another, and positions from 0."""
+    model, x = stirred(config), tokens()
+    document = torch.tensor([7, -3, 7])[documents()]  # ids are names: in no order, and only runs of them count
+    with torch.inference_mode():
+        try:
+            packed = model(x, document=document)
+        except ConfigError as error:
+            return f"refused: {error}"
+        for row, ids in enumerate(documents()):
+            for place in (ids == i for i in ids.unique()):
+                alone = model(x[row : row + 1, place])[0]
+                same(packed[row, place], alone, 1e-9, "the logits of a document in a packed row and in a row of its own")
     return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 import traceback
 import warnings
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.prepare import prepare
-from gptlab.data.shard import Prepared
+from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import machine, peak_memory
 from gptlab.model.transformer import meta_model
 from gptlab.runner import checkpoint
 from gptlab.runner.environment import environment, source_hash
 from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
 from gptlab.runner.trainer import Trainer
-from gptlab.tracker.console import RunProgress, console, say
+from gptlab.tracker.console import PreparationProgress, RunProgress, say
 from gptlab.tracker.guard import Guarded, TrackerWarning
 from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.protocol import Metrics, RunInfo
@@ -46,7 +46,11 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     """
     resolved = resolve(config, machine())
     _check_model(resolved)
-    data = _prepare(resolved)
+    with contextlib.closing(_prepare(resolved)) as data:
+        return _find_or_train(resolved, data, rerun=rerun, title=title, settings=settings or {}, job=job)
+
+
+def _find_or_train(resolved: Config, data: Prepared, *, rerun: bool, title: str, settings: dict[str, str], job: int) -> Outcome:
     outside = codec.outside_sources(resolved)
     identity = codec.identity(resolved, data.hash, outside)
     run = run_of(resolved, identity)
@@ -56,12 +60,12 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     if done is not None and not rerun:
         if not (run.directory / "config.json").exists():
             run.write("config.json", codec.to_json(resolved))  # somebody deleted it; it is the same config by its identity
-        join_study(run, resolved, arm=arm, settings=settings or {}, job=job)
+        join_study(run, resolved, arm=arm, settings=settings, job=job)
         return _skip(run, done, title)
     trainer = _built(resolved, data, run)  # what cannot be built is said before anything is made
     make_directory(run)
     with locked(run), _Log(run):
-        join_study(run, resolved, arm=arm, settings=settings or {}, job=job)
+        join_study(run, resolved, arm=arm, settings=settings, job=job)
         if rerun:
             _clear(run)
         elif (done := run.read("done.json")) is not None:  # another process finished it meanwhile
@@ -97,14 +101,8 @@ def arm_of(config: Config, manifest_hash: str, outside: dict[str, str]) -> str:
 
 
 def _prepare(config: Config) -> Prepared:
-    last = [0.0]
-
-    def report(done: int, total: int) -> None:
-        if time.monotonic() - last[0] > 0.5 and console.is_terminal:
-            last[0] = time.monotonic()
-            console.print(f"preparing text: {done:,} of {total:,} characters", end="\r")
-
-    return prepare(config.data, report=report)
+    with PreparationProgress() as progress:
+        return prepare(config.data, report=progress.update, background=True)
 
 
 def _skip(run: Run, done: dict[str, Any], title: str) -> Outcome:
@@ -160,7 +158,7 @@ def _train(trainer: Trainer, title: str) -> Outcome:
     config, data, run = trainer.config, trainer.data, trainer.run
     complaints = trainer.resume()
     run.write("config.json", codec.to_json(config))
-    run.write("data.json", {"folder": str(data.folder), "hash": data.hash, "manifest": data.manifest})
+    run.write("data.json", {"folder": str(data.folder), "hash": data.hash, "held_out": data.held_out, "manifest": data.manifest})
     run.write("environment.json", environment(trainer.device))
     (run.directory / "tokenizer.json").write_bytes((data.folder / "tokenizer.json").read_bytes())
     for complaint in complaints:

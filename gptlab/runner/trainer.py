@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.config.errors import DivergedError, Stopped
+from gptlab.config.errors import ConfigError, DataError, DivergedError, IOFailure, Stopped
 from gptlab.config.registry import build
 from gptlab.config.resolve import parse_budget
 from gptlab.config.schema import Config
 from gptlab.data.loader import Batch, Loader
-from gptlab.data.shard import Prepared
+from gptlab.data.prepared import Prepared
+from gptlab.data.sources import training_rows
 from gptlab.hardware.device import set_up, synchronise
 from gptlab.hardware.precision import autocast, scaler
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
@@ -52,12 +53,12 @@ class Trainer:
     def __init__(self, config: Config, data: Prepared, run: Run) -> None:
         self.config, self.data, self.run = config, data, run
         self.device = set_up(config.hardware)
-        vocabulary = data.manifest["tokenizer"]["vocabulary"]
         seeds, context = config.seeds, config.model.context_length
         self.batch_tokens, self.micro_batch = int(config.trainer.batch_tokens), int(config.hardware.micro_batch)
         init_seed, data_seed, dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
-        self.loader = Loader(data.stream("train"), context, self.batch_tokens // context, data_seed)
-        model = new_model(config.model, vocabulary, init_seed)
+        model = new_model(config.model, data.vocabulary, init_seed)
+        source = training_rows(data, context, config.data.packing, data_seed)
+        self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents)
         self.model: Transformer = build(config.hardware.strategy).place(model, self.device)
         self.optimizer: torch.optim.Optimizer = build(
             config.optimizer, groups=parameter_groups(self.model, self.model.roles()), device=self.device
@@ -69,10 +70,14 @@ class Trainer:
         self.flops_per_token = flops_per_token(self.model)
         self.parameters = count_parameters(self.model)["total"]
         budget = parse_budget(config.trainer.budget)
+        if budget.unit == "epochs" and self.loader.endless:
+            raise ConfigError(
+                f"trainer.budget={config.trainer.budget}: this text has no known end; give data.corpus.tokens, or a budget in tokens"
+            )
         self.time_limit = 60 * budget.amount if budget.unit == "min" else math.inf
         self.steps = budget.steps(
             batch_tokens=self.batch_tokens,
-            epoch_tokens=self.loader.windows * context,
+            epoch_tokens=self.loader.epoch_tokens if budget.unit == "epochs" else 0,
             parameters=self.parameters,
             flops_per_token=self.flops_per_token,
         )
@@ -95,7 +100,11 @@ class Trainer:
             self._each("on_start")
             while not self.finished:
                 before = time.perf_counter()
-                measured = self.train_step()
+                try:
+                    measured = self.train_step()
+                except (DataError, IOFailure):  # the text ran out before anything of this step was done
+                    self.save_checkpoint()
+                    raise
                 seconds = time.perf_counter() - before
                 self.state.step += 1
                 self.state.tokens += self.batch_tokens

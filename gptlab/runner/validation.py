@@ -2,29 +2,87 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 
 from gptlab.config.schema import Config
-from gptlab.data.loader import evaluation_batches
-from gptlab.data.shard import TokenStream
+from gptlab.data.loader import Batch, held_out_batches
+from gptlab.data.prepared import Prepared
 from gptlab.hardware.precision import autocast
 from gptlab.model.transformer import Transformer
-from gptlab.objective.lm import next_token_loss
+from gptlab.tracker.protocol import Metrics
 
 EVALUATION_TOKENS = 8192  # of one forward pass
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What was measured of a held-out set, to be added to that of another."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    correct: int | None = None  # tokens that were the likeliest; of a generated task alone
+
+    def __add__(self, other: Sums) -> Sums:
+        correct = None if self.correct is None or other.correct is None else self.correct + other.correct
+        return Sums(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes, correct)
+
+    def metrics(self, prefix: str) -> Metrics:
+        """The mean loss in nats a token and in bits a byte of text; of a task the loss and the share of right answers."""
+        found: Metrics = {f"{prefix}/loss": self.nats / self.tokens}
+        if self.correct is not None:
+            found[f"{prefix}/accuracy"] = self.correct / self.tokens
+        elif self.bytes:
+            found[f"{prefix}/bits_per_byte"] = self.nats / (self.bytes * math.log(2))
+        return found
+
+
+def measure(model: Transformer, data: Prepared, config: Config) -> Metrics:
+    """Every held-out set: `val/loss`, `val/NAME/loss`, … Of a mix, `val` is all its sources' sets together."""
+    found: Metrics = {}
+    parts = {name: held_out_sums(model, data, name, config) for name in data.validation_names if name != "val" or not data.parts}
+    if data.parts:
+        whole = Sums(0.0, 0, 0)
+        for name in data.parts:
+            whole = whole + parts[name]
+        found |= whole.metrics("val")
+    for name, sums in parts.items():
+        found |= sums.metrics("val" if name == "val" else f"val/{name}")
+    return found
+
+
 @torch.inference_mode()
-def validation_loss(model: Transformer, stream: TokenStream, config: Config) -> float:
-    """Mean cross-entropy in nats a token: logits in fp32, sum and count in float64, never a mean of means."""
+def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config) -> Sums:
+    """One set: logits in fp32, sums in float64 and whole numbers, never a mean of means."""
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
     context = config.model.context_length
-    total, count = 0.0, 0
-    for batch in evaluation_batches(stream, context, config.data.validation_tokens, max(1, EVALUATION_TOKENS // context)):
+    rows = max(1, EVALUATION_TOKENS // context)
+    lengths = torch.from_numpy(data.tokenizer.byte_lengths())
+    nats, tokens, size, correct = 0.0, 0, 0, 0
+    for batch in held_out_batches(data, name, context, config.data.validation_tokens, rows, documents=model.sees_documents):
         with autocast(device, config.hardware.precision):
-            total += float(next_token_loss(model, batch.to(device)).double())
-        count += batch.tokens
+            loss, right = _scored(model, batch.to(device), count_right=data.task is not None)
+        nats, correct = nats + loss, correct + right
+        tokens += batch.tokens
+        size += int(lengths[batch.targets].sum())
     model.train(was_training)
-    return total / count
+    return Sums(nats, tokens, size, correct if data.task is not None else None)
+
+
+def _scored(model: Transformer, batch: Batch, *, count_right: bool) -> tuple[float, int]:
+    """Summed loss of a batch, and how many of its scored tokens were the likeliest."""
+    logits = model(batch.inputs, document=batch.document)
+    logits, targets = logits.reshape(-1, logits.shape[-1]).float(), batch.targets.reshape(-1)
+    if batch.weight is None:
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return float(loss.double()), int((logits.argmax(-1) == targets).sum()) if count_right else 0
+    weight = batch.weight.reshape(-1)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    right = ((logits.argmax(-1) == targets) & (weight > 0)).sum()
+    return float((losses * weight).sum(dtype=torch.float64)), int(right)

@@ -12,7 +12,7 @@ from gptlab.config.slots import SLOTS
 from gptlab.runner.run import Run, all_runs, find_study, members
 from gptlab.study.statistics import Interval, deviation, mean_interval, seeds_to_settle
 
-METRIC = "val/loss"
+METRIC, ACCURACY = "val/loss", "val/accuracy"
 
 
 @dataclass
@@ -160,8 +160,9 @@ def _row(arm: Arm, base: Arm) -> Row:
 
 
 def _extra_names(arm: Arm) -> list[str]:
-    standard = ("train/", "memory/")
-    names = {n for s in arm.summaries.values() for n in s if "/" in n and n != METRIC and not n.startswith(standard)}
+    standard = ("train/", "memory/", "data/")
+    told = (METRIC, "val/bits_per_byte")  # the second is the first in another unit
+    names = {n for s in arm.summaries.values() for n in s if "/" in n and n not in told and not n.startswith(standard)}
     return sorted(names)
 
 
@@ -173,9 +174,7 @@ def _comparable(arms: list[Arm]) -> list[str]:
     for arm in arms:
         for run in arm.runs.values():
             data, environment = run.read("data.json") or {}, run.read("environment.json") or {}
-            manifest = data.get("manifest", {})
-            held_out = manifest.get("splits", {}).get("val", {}).get("shards", [{}])
-            tokens = f"{manifest.get('tokenizer', {}).get('sha256')} {[s.get('sha256') for s in held_out]}"
+            tokens = f"{data.get('manifest', {}).get('tokenizer', {}).get('sha256')} {data.get('held_out', {}).get('val')}"
             measured.setdefault(tokens, arm.label)
             facts["gptlab sources"].add(str(environment.get("source")))
             facts["torch"].add(str(environment.get("packages", {}).get("torch")))

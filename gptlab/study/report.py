@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.errors import ConfigError
-from gptlab.study.compare import METRIC, Arm, Comparison, Row, collect
+from gptlab.study.compare import ACCURACY, METRIC, Arm, Comparison, Row, collect
 from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import curve
@@ -18,9 +18,14 @@ from gptlab.tracker.jsonl import curve
 HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "parameters", "tokens/s")
 
 
+def headers(comparison: Comparison) -> tuple[str, ...]:
+    """The table's columns; a generated task has one more."""
+    return (*HEADERS, ACCURACY) if any(ACCURACY in row.extra for row in comparison.rows) else HEADERS
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """One line of the table as text."""
-    return (
+    found = (
         row.label,
         str(len(row.seeds)),
         f"{row.loss.mean:.4f}",
@@ -28,6 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.parameters:,}",
         f"{row.tokens_per_second:,.0f}",
     )
+    return (*found, f"{row.extra[ACCURACY]:.1%}") if ACCURACY in row.extra else found
 
 
 def difference(interval: Interval | None) -> str:
@@ -47,7 +53,7 @@ def table(comparison: Comparison) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for i, header in enumerate(HEADERS):
+    for i, header in enumerate(headers(comparison)):
         shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in comparison.rows:
         values: list[str | Text] = list(cells(row))
@@ -59,7 +65,7 @@ def table(comparison: Comparison) -> Table:
 
 def extras(comparison: Comparison) -> Table | None:
     """What else was measured at the end (further validation sets, kernels), a row a metric; None if nothing was."""
-    names = sorted({name for row in comparison.rows for name in row.extra})
+    names = sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY})
     if not names:
         return None
     shown = Table(title="also measured, mean of the seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -97,10 +103,11 @@ def remarks(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The comparison as a markdown table with its remarks."""
-    lines = [" | ".join(("", *HEADERS, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(HEADERS) - 1)) + "|"]
+    columns = headers(comparison)
+    lines = [" | ".join(("", *columns, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
     lines += [" | ".join(("", *cells(row), "")).strip() for row in comparison.rows]
     notes = remarks(comparison)
-    for name in sorted({name for row in comparison.rows for name in row.extra}):
+    for name in sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY}):
         values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)
         notes.append(f"{name}: {values}")
     return "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
@@ -112,20 +119,22 @@ _STYLES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 
 
 def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) -> Path:
-    """Save the held-out loss over the steps: a line an arm (mean of its seeds) in a band from its lowest to its highest seed."""
+    """Save the held-out loss over the steps (of a generated task the share of right answers): a line an arm, the mean of its seeds,
+    in a band from its lowest to its highest seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     found = list(arms) if arms is not None else collect(study)[0]
+    metric = ACCURACY if found and all(ACCURACY in s for arm in found for s in arm.summaries.values()) else METRIC
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     ends: list[tuple[float, str, str]] = []
     lowest, highest = float("inf"), float("-inf")
     for i, arm in enumerate(found):
         by_step: dict[int, list[float]] = {}
         for run in arm.runs.values():
-            for step, value in zip(*curve(run.metrics(), METRIC), strict=True):
+            for step, value in zip(*curve(run.metrics(), metric), strict=True):
                 by_step.setdefault(step, []).append(value)
         steps = [s for s in sorted(by_step) if len(by_step[s]) == len(arm.runs)]
         if not steps:
@@ -138,7 +147,7 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
         ends.append((mean[-1], f"{arm.label}  {mean[-1]:.3f}", colour))
         lowest, highest = min(lowest, *mean), max(highest, *mean)
     axes.set_xlabel("step")
-    axes.set_ylabel(f"{METRIC} (nats a token)")
+    axes.set_ylabel(f"{metric} (nats a token)" if metric == METRIC else metric)
     seeds = max((len(arm.runs) for arm in found), default=0)
     title = f"{study}: mean of {seeds} seeds, band from lowest to highest" if seeds > 1 else study
     axes.set_title(title, loc="left", fontsize=10)

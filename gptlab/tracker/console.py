@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +19,7 @@ from gptlab.tracker.protocol import Metrics
 console = Console(stderr=False, highlight=False, soft_wrap=True)
 
 
+SHOWN_EVERY, LINE_EVERY = 0.25, 10.0  # seconds
 _SHOWN = (
     ("loss", "train/loss", "loss {:.3f} "),
     ("val", "val/loss", "val {:.3f} "),
@@ -62,6 +65,83 @@ class RunProgress:
             if name in metrics:
                 self._shown[key] = form.format(metrics[name])
         self._progress.update(self._task, completed=float(metrics["step"]), **self._shown)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    source: str
+    done: int
+    total: int | None
+    stage: str = "reading"
+    unit: str = "characters"
+    rows: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    waiting: str = ""
+
+
+class PreparationProgress:
+    """Progress of preparing text: rows, tokens, megabytes a second, time left."""
+
+    def __init__(self, lines: bool = False) -> None:
+        self.live = console.is_terminal and not os.environ.get("GPTLAB_QUIET")
+        self.lines = lines and not self.live  # a plain line now and then, for a log
+        self.bytes, self.seconds = 0, 0.0  # of text tokenised so far, and how long that took
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._started, self._first, self._shown = 0.0, 0, 0.0
+        self._before = (0, 0.0)
+
+    def __enter__(self) -> PreparationProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, told: Any) -> None:
+        """Show how far it is: what `gptlab.data.prepare.Progress` says."""
+        now = time.monotonic()
+        stage = f"{told.source} {told.stage}".strip()
+        if stage != self._stage:
+            self._stage, self._started, self._first, self._before = stage, now, told.bytes, (self.bytes, self.seconds)
+        self.bytes, self.seconds = self._before[0] + told.bytes - self._first, self._before[1] + now - self._started
+        if now - self._shown < (LINE_EVERY if self.lines else SHOWN_EVERY):
+            return
+        self._shown = now
+        if self.lines:
+            share = f" {told.done / told.total:.0%}" if told.total else ""
+            say((f"{stage}{share}: {self._text(told, now)}", "dim"))
+        if not self.live:
+            return
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task("", total=None, text="")
+            self._progress.start()
+        assert self._task is not None
+        self._progress.update(self._task, description=stage, completed=told.done, total=told.total, text=self._text(told, now))
+
+    def reading(self, source: str, done: int, total: int | None) -> None:
+        """Show how much has been read, where nothing is tokenised yet."""
+        self.update(_Reading(source, done, total))
+
+    def _text(self, told: Any, now: float) -> str:
+        if told.waiting:
+            return f"waiting for {told.waiting}"
+        if told.unit == "characters" and not told.rows:
+            return f"{told.done:,} characters read"
+        seconds = now - self._started
+        rate = (told.bytes - self._first) / seconds / 1e6 if seconds > SHOWN_EVERY else 0.0
+        return f"{told.rows:,} documents, {told.tokens:,} tokens" + (f", {rate:.1f} MB/s" if rate else "")
 
 
 def say(*parts: str | tuple[str, str]) -> None:

@@ -23,7 +23,8 @@ EXPERIMENTS = sorted(f for folder in experiment_dirs() for f in folder.glob("*.y
 
 
 def _choose(group: str, name: str) -> list[str]:
-    extra = ["data.corpus.path=x.txt"] if (group, name) in (("data", "text"), ("data/corpus", "text")) else []
+    needed = {"text": ["data.corpus.path=x.txt"], "hub": ["data.corpus.dataset=owner/name"]}
+    extra = needed.get(name, []) if group in ("data", "data/corpus") else []
     return [f"+callback@callbacks.more={name}" if group == "callback" else f"{group}={name}", *extra]
 
 
@@ -70,9 +71,12 @@ def test_no_recipe_sets_a_field_of_a_slots_component(file: Path) -> None:
     group = "" if file in EXPERIMENTS else file.relative_to(CONF).parent.as_posix().removeprefix(".")
     if group in SLOTS:  # a preset of one component
         names = {c.name for c in components(group)} | {f.stem for f in file.parent.glob("*.yaml")}
-        assert len(defaults) == 2, "a preset is defaults: [component, _self_]"
-        assert defaults[1] == "_self_"
+        assert defaults[-1] == "_self_", "a preset is defaults: [component, _self_]"
         assert defaults[0] in names - {file.stem}
+        for part in defaults[1:-1]:  # of a mix: its sources
+            assert defaults[0] == "mix"
+            assert part.partition("@")[0] in names
+            assert part.partition("@")[2].startswith("sources.")
         assert file.stem not in {c.name for c in components(group)}, "a preset hides a component of the same name"
         return
     assert list(_set_in_slots(data, group.replace("/", "."))) == [], "it would leak into, or break, whatever replaces the component"
@@ -143,7 +147,7 @@ def test_a_plus_does_not_slip_an_unknown_key_in(override: str) -> None:
 
 def test_what_has_no_default_is_only_the_users_own() -> None:
     bare = [c for c in components() if not all(has_default(c.options, f) for f in c.options.__dataclass_fields__)]
-    assert [f"{c.slot.path}={c.name}" for c in bare] == ["data/corpus=text"]
+    assert [f"{c.slot.path}={c.name}" for c in bare] == ["data/corpus=text", "data/corpus=hub"]
 
 
 def test_a_run_is_named_after_what_sets_it_apart() -> None:

@@ -28,7 +28,7 @@ GOLDEN = {
 
 # Written out here and not taken from schema.NOT_IDENTITY: what leaves the identity leaves it on purpose, and in two places.
 FREE = ("hardware.device", "hardware.strategy", "hardware.threads", "hardware.micro_batch", "data.corpus", "data.tokenizer",
-        "data.validation_fraction", "data.validation", "tracker", "trainer.log_every", "study", "name", "seed")  # fmt: skip
+        "data.validation_fraction", "data.validation", "data.filter", "tracker", "trainer.log_every", "study", "name", "seed")  # fmt: skip
 
 
 def _identity(config: Config) -> str:

@@ -12,23 +12,24 @@ from pathlib import Path
 import pytest
 
 from gptlab.config.errors import ConfigError, DataError, IOFailure
-from gptlab.data import corpus
-from gptlab.data.corpus import PyDocs, Shakespeare, Text, module_documentation, read_text
+from gptlab.data import reader
+from gptlab.data.corpus import PyDocs, Shakespeare, Text, module_documentation
+from gptlab.data.reader import read_text
 
 
 def whole(file: Path) -> str:
-    return "".join(text for text, _ in read_text(file))
+    return "".join(text for text, *_ in read_text(file))
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 20])
 def test_a_file_is_read_as_it_is_whatever_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(reader, "PIECE", piece)
     text = "aé日👩\r\nx\ry\n\u2028z"
     file = tmp_path / "a.txt"
     file.write_bytes(text.encode())
     pieces = list(read_text(file))
-    assert "".join(t for t, _ in pieces) == text
-    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert "".join(t for t, *_ in pieces) == text
+    assert [last for _, last, _ in pieces] == [False] * (len(pieces) - 1) + [True]
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     if piece >= 3:
         assert whole(file) == text, "a byte-order mark is no text"
@@ -36,7 +37,7 @@ def test_a_file_is_read_as_it_is_whatever_the_pieces(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("piece", [1, 2, 5, 1 << 20])
 def test_bytes_that_are_not_utf8_are_told_with_their_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(reader, "PIECE", piece)
     file = tmp_path / "latin.txt"
     file.write_bytes("日本\nab".encode() + b"\xe9t\xe9")
     with pytest.raises(DataError) as error:
@@ -76,13 +77,13 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
     for name, text in (("b.txt", "B"), ("a.md", "A"), ("sub/c.TXT", "C"), ("no.py", "N"), ("empty.txt", "")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert list(Text(path=str(tmp_path)).pieces()) == [("A", True), ("B", True), ("C", True)]
+    assert list(Text(path=str(tmp_path)).pieces()) == [("A", True, ""), ("B", True, ""), ("C", True, "")]
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text("x")
     (tmp_path / "x.txt").write_text("")
-    with pytest.raises(DataError, match=r"holds no \.txt or \.md file"):
+    with pytest.raises(DataError, match=r"holds no .*file"):
         Text(path=str(tmp_path))
 
 
@@ -132,11 +133,11 @@ def test_shakespeare_is_fetched_once_and_kept(
     handler.content = shared_text("tinyshakespeare.txt").read_bytes()
     fresh = Shakespeare(url=url)
     before = fresh.fingerprint()
-    assert sum(len(text) for text, _ in fresh.pieces()) == 1_115_394
+    assert sum(len(text) for text, *_ in fresh.pieces()) == 1_115_394
     assert fresh.fingerprint() == before
     assert _files(empty_home) == ["downloads/tinyshakespeare.txt"]
     handler.content = b"not asked again"
-    assert sum(len(text) for text, _ in Shakespeare(url=url).pieces()) == 1_115_394
+    assert sum(len(text) for text, *_ in Shakespeare(url=url).pieces()) == 1_115_394
 
 
 def test_a_download_with_another_sha_is_refused_and_not_kept(server: tuple[str, type[_Answer]], empty_home: Path) -> None:
@@ -187,10 +188,10 @@ def pydocs() -> list[tuple[str, bool]]:
 
 
 def test_pydocs_is_about_two_million_characters_of_documents(pydocs: list[tuple[str, bool]]) -> None:
-    assert 1_500_000 < sum(len(text) for text, _ in pydocs) < 4_000_000
-    assert all(last and text for text, last in pydocs)
-    assert len({text for text, _ in pydocs}) > 0.95 * len(pydocs)
-    assert not any("\t" in text or "\r" in text for text, _ in pydocs if text.startswith("module "))
+    assert 1_500_000 < sum(len(text) for text, *_ in pydocs) < 4_000_000
+    assert all(last and text for text, last, _ in pydocs)
+    assert len({text for text, *_ in pydocs}) > 0.95 * len(pydocs)
+    assert not any("\t" in text or "\r" in text for text, *_ in pydocs if text.startswith("module "))
 
 
 def test_documentation_is_read_and_never_imported(tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from gptlab.config.errors import DataError
-from gptlab.data.loader import Batch, Loader, evaluation_batches, permute
+from gptlab.data.loader import Batch, Loader, evaluation_batches
+from gptlab.data.order import permute
 from gptlab.data.shard import TokenStream
+from gptlab.data.sources import Windows
 
 
-def stream_of(folder: Path, *lengths: int, dtype: str = "<u4") -> TokenStream:
+def stream_of(folder: Path, *lengths: int, dtype: str = "<u4", documents: tuple[int, ...] = (0,)) -> TokenStream:
     """Tokens 0, 1, 2, … over shards of these lengths: a token tells its own place."""
     shards, start = [], 0
     for i, length in enumerate(lengths):
@@ -22,7 +24,14 @@ def stream_of(folder: Path, *lengths: int, dtype: str = "<u4") -> TokenStream:
         (folder / f"{i}.bin").write_bytes(data)
         shards.append({"file": f"{i}.bin", "tokens": length, "sha256": hashlib.sha256(data).hexdigest()})
         start += length
-    return TokenStream(folder, {"dtype": dtype, "splits": {"train": {"shards": shards}}}, "train")
+    data = np.array(documents, "<u8").tobytes()
+    (folder / "train.documents").write_bytes(data)
+    index = {"file": "train.documents", "sha256": hashlib.sha256(data).hexdigest()}
+    return TokenStream([(folder, {"shards": shards, "index": index, "documents": len(documents)})], np.dtype(dtype))
+
+
+def loader_of(stream: TokenStream, context: int, rows: int, seed: int) -> Loader:
+    return Loader(Windows(stream, context, seed), rows)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 100, 255, 256, 257, 1000, 4095, 4097, 65_537, 300_001])
@@ -51,7 +60,7 @@ def test_permute_mixes() -> None:
 
 def test_a_batch_is_a_function_of_its_step_alone(tmp_path: Path) -> None:
     stream = stream_of(tmp_path, 400, 300, 323)
-    one, two = Loader(stream, 8, 5, seed=3), Loader(stream, 8, 5, seed=3)
+    one, two = loader_of(stream, 8, 5, seed=3), loader_of(stream, 8, 5, seed=3)
     forwards = [one.batch(step) for step in range(60)]
     for step in reversed(range(60)):
         again = two.batch(step)
@@ -66,41 +75,42 @@ def test_a_batch_is_a_function_of_its_step_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tokens", "context", "rows"), [(1023, 8, 5), (100, 1, 3), (67, 16, 3), (64, 8, 7)])
 def test_every_window_is_visited_once_an_epoch(tmp_path: Path, tokens: int, context: int, rows: int) -> None:
-    loader = Loader(stream_of(tmp_path, tokens), context, rows, seed=1)
-    assert loader.windows * context >= tokens - 2 * context + 1, "more than a context of text is never seen"
-    epochs = [loader.starts(np.arange(e * loader.windows, (e + 1) * loader.windows)) for e in range(4)]
+    loader = loader_of(stream_of(tmp_path, tokens), context, rows, seed=1)
+    assert loader.source.epoch_rows * context >= tokens - 2 * context + 1, "more than a context of text is never seen"
+    source, windows = loader.source, loader.source.epoch_rows
+    epochs = [source.place(np.arange(e * windows, (e + 1) * windows)).tolist() for e in range(4)]
     for starts in epochs:
         phase = min(starts)
         assert phase < context
-        assert sorted(starts) == [phase + i * context for i in range(loader.windows)]
+        assert sorted(starts) == [phase + i * context for i in range(windows)]
         assert max(starts) + context + 1 <= tokens
-    if loader.windows > 4:
+    if windows > 4:
         assert len({tuple(s) for s in epochs}) == 4, "two epochs have the same order"
-        other = Loader(loader.stream, context, rows, seed=2)
-        assert other.starts(np.arange(loader.windows)) != epochs[0], "two seeds have the same order"
+        other = Windows(stream_of(tmp_path, tokens), context, seed=2)
+        assert other.place(np.arange(windows)).tolist() != epochs[0], "two seeds have the same order"
     # Batches go on over the end of an epoch.
-    seen = np.concatenate([loader.batch(s).inputs[:, 0].numpy() for s in range(3 * loader.windows // rows)])
+    seen = np.concatenate([loader.batch(s).inputs[:, 0].numpy() for s in range(3 * windows // rows)])
     assert seen.tolist() == [s for starts in epochs for s in starts][: len(seen)]
 
 
 def test_what_is_not_in_one_epoch_is_in_another(tmp_path: Path) -> None:
-    loader = Loader(stream_of(tmp_path, 100), 16, 2, seed=0)
+    loader = loader_of(stream_of(tmp_path, 100), 16, 2, seed=0)
     seen = {t for step in range(200) for t in loader.batch(step).targets.flatten().tolist()}
     assert {0, 99} | set(range(1, 99)) >= seen
     assert len(seen) >= 95
 
 
 def test_a_text_shorter_than_a_batch_is_refused_with_what_would_do(tmp_path: Path) -> None:
-    Loader(stream_of(tmp_path, 48), 8, 5, seed=0)
+    loader_of(stream_of(tmp_path, 48), 8, 5, seed=0)
     with pytest.raises(DataError) as error:
-        Loader(stream_of(tmp_path, 47), 8, 5, seed=0)
+        loader_of(stream_of(tmp_path, 47), 8, 5, seed=0)
     said = str(error.value)
     assert "has 47 tokens, too few for one batch of 5 x 8" in said
     assert "which takes 48;" in said
     assert "trainer.batch_tokens" in said
     for tokens in (0, 1, 7):
         with pytest.raises(DataError, match=f"has {tokens} tokens"):
-            Loader(stream_of(tmp_path, tokens), 8, 5, seed=0)
+            loader_of(stream_of(tmp_path, tokens), 8, 5, seed=0)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 8, 9, 10, 17, 100, 129])
@@ -137,7 +147,7 @@ def test_a_set_without_a_target_is_refused(tmp_path: Path) -> None:
 
 
 def test_micro_batches_are_the_batch(tmp_path: Path) -> None:
-    batch = Loader(stream_of(tmp_path, 500), 8, 7, seed=0).batch(0)
+    batch = loader_of(stream_of(tmp_path, 500), 8, 7, seed=0).batch(0)
     for weight in (None, torch.rand(7, 8).round()):
         whole = Batch(batch.inputs, batch.targets, weight, torch.zeros(7, 8))
         for rows in (1, 2, 3, 7, 100):

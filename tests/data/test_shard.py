@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import pytest
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import build, component, load_components
 from gptlab.config.schema import DataConfig
-from gptlab.data import corpus, shard
-from gptlab.data import prepare as preparation
+from gptlab.data import pipeline, reader, shard
 from gptlab.data.loader import Loader
-from gptlab.data.prepare import prepare
-from gptlab.data.shard import Prepared
+from gptlab.data.prepare import Progress, prepare
+from gptlab.data.prepared import Prepared, open_prepared
+from gptlab.data.sources import training_rows
 from tests.conftest import sentences
 
 load_components()
@@ -45,8 +45,21 @@ def ids_of(prepared: Prepared, split: str = "train") -> list[int]:
 
 
 def left_in(folder: Path) -> list[str]:
-    """Everything below a folder that is a file, or a folder of temporary work."""
-    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() or f.name.startswith("."))
+    """Everything below a folder that is a file, but for the empty locks."""
+    return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock")
+
+
+def units_of(pieces: Iterable[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
+    """The pieces cut into units of work, without where each stands."""
+
+    class Pieces:
+        name = "pieces"
+
+        def pieces(self) -> Iterable[tuple[str, bool]]:
+            return pieces
+
+    section = pipeline.Section(Pieces())  # type: ignore[arg-type]
+    return [[(p.text, p.last) for p in unit.pieces] for unit in pipeline.units(pipeline.read_section(section))]
 
 
 # What is prepared
@@ -96,8 +109,8 @@ def test_a_border_between_documents_and_none_after_the_last(tmp_path: Path, toke
 @pytest.mark.parametrize("total", [*range(96, 105), 200])
 def test_no_character_is_lost_where_borders_meet_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
     for constant in (9, 10, 45, 90):
-        monkeypatch.setattr(corpus, "PIECE", constant)
-        monkeypatch.setattr(preparation, "UNIT", 10)
+        monkeypatch.setattr(reader, "PIECE", constant)
+        monkeypatch.setattr(pipeline, "UNIT", 10)
         monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / str(constant)))
         file = tmp_path / "x.txt"
         text = "abcdefghij"[:7] * 100
@@ -131,7 +144,7 @@ def test_safe_cuts_leave_the_tokens_of_any_text_as_they_are(name: str, tiktoken_
     cuts = 0
     for text in nasty():
         whole = tokenizer.encode(text).tolist()
-        places = [m.start() for m in preparation._CUT.finditer(text) if m.start()]
+        places = [m.start() for m in pipeline._CUT.finditer(text) if m.start()]
         cuts += len(places)
         parts = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
         assert [t for part in parts for t in tokenizer.encode(part).tolist()] == whole
@@ -143,11 +156,11 @@ def test_safe_cuts_leave_the_tokens_of_any_text_as_they_are(name: str, tiktoken_
 def test_pieces_give_the_tokens_of_the_whole(
     name: str, file: str, shared_text: Callable[[str], Path], tiktoken_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "UNIT", 1000)
+    monkeypatch.setattr(pipeline, "UNIT", 1000)
     tokenizer = build(component("data/tokenizer", name).options())
     text = shared_text(file).read_text(encoding="utf-8")[:400_000]
     pieces = [(text[i : i + 777], i + 777 >= len(text)) for i in range(0, len(text), 777)]
-    units = list(preparation._units(pieces))
+    units = units_of(pieces)
     assert len(units) > len(text) // 2000
     assert "".join(t for unit in units for t, _ in unit) == text
     cut = [t for unit in units for part, _ in unit for t in tokenizer.encode(part).tolist()]
@@ -155,16 +168,16 @@ def test_pieces_give_the_tokens_of_the_whole(
 
 
 def test_units_are_bounded_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "UNIT", 100)
+    monkeypatch.setattr(pipeline, "UNIT", 100)
     for text in ("a" * 5000, "ab " * 2000, "\n" * 3000):
         for size in (1, 30, 99, 100, 101, 250, 10_000):
             pieces = [(text[i : i + size], i + size >= len(text)) for i in range(0, len(text), size)]
-            units = list(preparation._units(pieces))
+            units = units_of(pieces)
             assert "".join(t for unit in units for t, _ in unit) == text
             assert [last for unit in units for _, last in unit][-1]
             assert max(sum(len(t) for t, _ in unit) for unit in units) < 300
     many = [("abc", True)] * 1000
-    units = list(preparation._units(many))
+    units = units_of(many)
     assert [piece for unit in units for piece in unit] == many
     assert len(units) < 40
 
@@ -173,14 +186,14 @@ def test_units_are_bounded_whatever_the_pieces(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_threads_do_not_change_a_byte(shared_text: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "UNIT", 1 << 14)
+    monkeypatch.setattr(pipeline, "UNIT", 1 << 14)
     made = []
     for threads in (1, 2):
         monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / str(threads)))
         folder = prepare(config_of(shared_text("en_debian_handbook.txt"), "byte"), threads=threads).folder
         made.append({f.name: f.read_bytes() for f in folder.iterdir()})
     assert made[0] == made[1]
-    assert len(made[0]) == 4
+    assert len(made[0]) == 6
 
 
 @pytest.mark.parametrize("size", [1, 50, 1000])
@@ -199,18 +212,18 @@ def test_shards_of_any_size_hold_the_same_stream(corpus_file: Path, tmp_path: Pa
         assert {s["tokens"] for s in shards[:-1]} <= {size}
         assert 0 < shards[-1]["tokens"] <= size
         assert ids_of(cut, split) == ids_of(whole, split)
-    one, two = (Loader(p.stream("train"), 16, 4, seed=0).batch(3) for p in (whole, cut))
+    one, two = (Loader(training_rows(p, 16, "concatenate", 0), 4).batch(3) for p in (whole, cut))
     assert one.inputs.tolist() == two.inputs.tolist()
 
 
 def test_what_is_prepared_is_found_again_and_what_changed_is_made_anew(tmp_path: Path, empty_home: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("abc " * 50)
-    reports: list[tuple[int, int]] = []
-    first = prepare(config_of(file), report=lambda *done: reports.append(done))
-    assert reports[-1] == (200, 200)
+    reports: list[Progress] = []
+    first = prepare(config_of(file), report=reports.append)
+    assert (reports[-1].done, reports[-1].total, reports[-1].tokens) == (200, 200, 200)
     reports.clear()
-    again = prepare(config_of(file), report=lambda *done: reports.append(done))
+    again = prepare(config_of(file), report=reports.append)
     assert again.folder == first.folder
     assert not reports
     os.utime(file, ns=(5, 5))
@@ -265,7 +278,7 @@ def test_a_shard_that_does_not_match_names_file_expected_and_found(made: Prepare
     ):
         damage(made.folder)
         with pytest.raises(DataError) as error:
-            shard.open_prepared(made.folder).stream("train")
+            open_prepared(made.folder).stream("train")
         assert str(file) in str(error.value)
         assert said in str(error.value)
         assert f"delete {made.folder} and run again" in str(error.value)
@@ -278,17 +291,17 @@ def test_a_tokeniser_of_another_manifest_is_refused(made: Prepared, corpus_file:
     other = prepare(config_of(corpus_file, "char"))
     (made.folder / "tokenizer.json").write_bytes((other.folder / "tokenizer.json").read_bytes())
     with pytest.raises(DataError) as error:
-        shard.open_prepared(made.folder)
+        open_prepared(made.folder)
     said = str(error.value)
     assert f"tokenizer.json is char with sha256 {other.manifest['tokenizer']['sha256'][:12]}" in said
     assert f"its manifest says byte with {made.manifest['tokenizer']['sha256'][:12]}" in said
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "tokenizer": {}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "tokenizer": {}}'])
 def test_a_damaged_manifest_is_told(made: Prepared, content: str) -> None:
     (made.folder / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"cannot be read .*; delete .* and run again") as error:
-        shard.open_prepared(made.folder)
+        open_prepared(made.folder)
     assert str(made.folder) in str(error.value)
 
 
@@ -296,8 +309,8 @@ def test_a_manifest_of_another_format_and_a_set_that_is_not_there(made: Prepared
     with pytest.raises(DataError, match=r"there is no set 'test'; there are train, val"):
         made.stream("test")
     (made.folder / "manifest.json").write_text(json.dumps({**made.manifest, "format": 9}))
-    with pytest.raises(DataError, match="has format 9, this gptlab reads format 1"):
-        shard.open_prepared(made.folder)
+    with pytest.raises(DataError, match="has format 9, this gptlab reads format 2"):
+        open_prepared(made.folder)
 
 
 def test_a_folder_without_its_manifest_is_made_anew(made: Prepared, tmp_path: Path) -> None:
@@ -352,7 +365,7 @@ def test_a_failure_half_way_leaves_nothing_behind(corpus_file: Path, empty_home:
 def test_a_home_that_cannot_be_written_is_an_io_failure(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / "file"))
-    with pytest.raises(IOFailure, match=r"could not be written \(Not a directory\)"):
+    with pytest.raises(IOFailure, match=r"could not be read or written \(Not a directory\)"):
         prepare(config_of(corpus_file))
 
 
@@ -371,7 +384,7 @@ def test_a_very_short_text_is_prepared_and_refused_by_the_loader(tmp_path: Path)
         prepared = prepare(config_of(file))
         assert ids_of(prepared) + ids_of(prepared, "val") == prepared.tokenizer.encode(text).tolist()
         with pytest.raises(DataError, match="too few for one batch of 4 x 8"):
-            Loader(prepared.stream("train"), 8, 4, seed=0)
+            Loader(training_rows(prepared, 8, "concatenate", 0), 4)
 
 
 # Further validation sets
@@ -411,7 +424,7 @@ def test_a_validation_set_that_is_trained_on_is_refused(tmp_path: Path, empty_ho
 
 def test_an_overlap_is_found_across_shards_and_stretches(tmp_path: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard, "SHARD_TOKENS", 500)
-    monkeypatch.setattr(preparation, "UNIT", 300)
+    monkeypatch.setattr(pipeline, "UNIT", 300)
     text, extra = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text(sentences(600))
     extra.write_text(sentences(600)[4000:5000])
@@ -437,7 +450,8 @@ def test_preparing_the_same_data_at_once_gives_one_folder(corpus_file: Path, emp
     assert len({p.folder for p in found}) == 1
     assert all(len(p.stream("train")) for p in found)
     assert left_in(empty_home) == sorted(
-        f"data/{found[0].folder.name}/{n}" for n in ("manifest.json", "tokenizer.json", "train-00000.bin", "val-00000.bin")
+        f"data/{found[0].folder.name}/{n}"
+        for n in ("manifest.json", "tokenizer.json", "train-00000.bin", "train.documents", "val-00000.bin", "val.documents")
     )
 
 
@@ -457,7 +471,7 @@ def test_two_processes_preparing_the_same_data_both_succeed(corpus_file: Path, e
         worker.stdin.flush()
     said = [worker.communicate()[0] for worker in workers]
     assert said[0] == said[1] == prepare(config_of(corpus_file, "byte")).hash + "\n"
-    assert len(left_in(empty_home)) == 4
+    assert len(left_in(empty_home)) == 6
 
 
 def test_shakespeare_comes_over_the_network_into_shards(shared_text: Callable[[str], Path], empty_home: Path) -> None:

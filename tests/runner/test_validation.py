@@ -29,5 +29,5 @@ def test_it_is_the_mean_over_every_token_whatever_the_batch(corpus_file: Path, m
     assert len(losses) == len(tokens) - 1
     for size in (16, 100, 8192):
         monkeypatch.setattr(validation, "EVALUATION_TOKENS", size)
-        assert validation.validation_loss(model, stream, config) == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+        assert validation.measure(model, data, config)["val/loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
     assert model.training, "the model is left as it was"

@@ -1,0 +1,210 @@
+"""What `gptlab data prepare` and `report` do and print."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from gptlab.cli import data_tokenizer
+from gptlab.config.compose import compose
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import build, component
+from gptlab.config.schema import Config
+from gptlab.data import report as figures
+from gptlab.data.learn import learned_tokenizer, sample, tokenizer_file
+from gptlab.data.mix import Mix
+from gptlab.data.pipeline import pieces_from
+from gptlab.data.prepare import prepare as prepare_data
+from gptlab.data.prepared import Prepared
+from gptlab.data.sources import training_rows
+from gptlab.data.tokenizer import Tokenizer, from_json
+from gptlab.data.tokenizer_report import SAMPLE_BYTES
+from gptlab.tracker.console import PreparationProgress, console, say
+
+BAR = 24  # characters of the longest bar of a histogram
+SHOWN = 300  # characters of a document
+
+
+def _composed(overrides: Sequence[str]) -> Config:
+    return compose(list(overrides))
+
+
+def prepare(overrides: Sequence[str]) -> None:
+    """Prepare the data of a config, all of it, and say what there is now."""
+    config = _composed(overrides)
+    started = time.perf_counter()
+    with PreparationProgress(lines=True) as progress:
+        made = prepare_data(config.data, report=progress.update)
+    seconds = time.perf_counter() - started
+    console.print(_splits(made))
+    for name, part in _parts(made).items():
+        counts = part.split_counts("train")
+        for what in ("skipped", "removed"):
+            if counts[what]:
+                said = ", ".join(f"{n:,} {reason}" for reason, n in counts[what].items())
+                say((f"{name}: " if made.parts else ""), f"{'rows without text' if what == 'skipped' else 'documents taken out'}: {said}")
+    speed = f", {progress.bytes / progress.seconds / 1e6:.1f} MB/s while tokenising" if progress.bytes and progress.seconds else ""
+    say(f"{made.folder}  ", (f"{seconds:.1f} s{speed}" if progress.bytes else "was there already", "dim"))
+
+
+def _parts(made: Prepared) -> dict[str, Prepared]:
+    return made.parts or {made.manifest["corpus"]: made}
+
+
+def _splits(made: Prepared) -> Table:
+    tokenizer = made.manifest["tokenizer"]
+    title = f"{tokenizer['name']}, {tokenizer['vocabulary']:,} tokens"
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for name in ("set", "documents", "tokens", "bytes", "bytes/token", "weight"):
+        if name != "weight" or made.parts:
+            shown.add_column(name, justify="left" if name == "set" else "right", no_wrap=True)
+    rows = [(f"{n} " if made.parts else "", p, s) for n, p in _parts(made).items() for s in p.splits]
+    rows += [("", made, s) for s in made.extra_sets if made.parts]
+    for source, part, split in rows:
+        counts = part.split_counts(split)
+        weight = [f"{made.weights[source.strip()]:.3f}" if split == "train" else ""] if made.parts and source else []
+        ratio = f"{counts['bytes'] / counts['tokens']:.2f}" if counts["tokens"] else ""
+        shown.add_row(f"{source}{split}", *(f"{counts[k]:,}" for k in ("documents", "tokens", "bytes")), ratio, *weight)
+    return shown
+
+
+def report(overrides: Sequence[str], *, as_json: bool, documents: int, rows: int) -> None:
+    """Say what the data of a config are, and show some."""
+    config = _composed(overrides)
+    with PreparationProgress() as progress:
+        made = prepare_data(config.data, report=progress.update)
+    context, packing, seed = config.model.context_length, config.data.packing, config.seeds.data or config.seed
+    if made.task is not None:
+        _report_task(made, context, seed, rows)
+        return
+    found = figures.describe(made, context, packing, seed)
+    if as_json:
+        print(json.dumps({"hash": made.hash, "tokenizer": made.manifest["tokenizer"], "sources": [asdict(f) for f in found]}, indent=1))
+        return
+    console.print(_splits(made))
+    for source in found:
+        _print_source(source, context, bool(made.parts))
+    if documents:
+        say(("\na few documents", "bold"))
+        for name, number, text in figures.documents(made, documents, seed):
+            say((f"{name} {number:,}", "cyan"), (f"  {len(text):,} characters", "dim"))
+            console.print(text[:SHOWN].strip() + ("…" if len(text) > SHOWN else ""), markup=False, highlight=False)
+            say()
+    if rows:
+        said = f"  packing={packing}; ⏎ marks where a document begins"
+        say((f"\nthe first {rows} training rows of {context} tokens", "bold"), (said, "dim"))
+        _print_rows(figures.rows(made, context, packing, seed, rows))
+
+
+def _report_task(made: Prepared, context: int, seed: int, rows: int) -> None:
+    task = made.task
+    assert task is not None
+    say((task.name, "bold"), f"  generated; {len(task.alphabet)} symbols: {task.alphabet}")
+    say(f"the best possible loss at context {context}: {task.best_loss(context):.4f} nats per scored token")
+    source = training_rows(made, context, "concatenate", seed)
+    fetched = source.fetch(source.place(np.arange(max(rows, 1))), False)
+    assert fetched.scored is not None
+    say(f"scored: {fetched.scored.mean():.1%} of the tokens (underlined)")
+    for tokens, scored in zip(fetched.tokens, fetched.scored, strict=True):
+        parts = [("  " + task.alphabet[int(tokens[0])], "")]
+        parts += [(task.alphabet[int(t)], "bold underline" if s else "") for t, s in zip(tokens[1:], scored, strict=True)]
+        say(*parts)
+
+
+def _print_source(source: figures.SourceFigures, context: int, mixed: bool) -> None:
+    say((f"\n{source.name}", "bold"), f"  {source.share:.1%} of the training tokens" if mixed else "")
+    lengths = source.lengths
+    say(
+        f"  a document has {lengths['0.5']:,.0f} tokens (median), {lengths['mean']:,.0f} (mean), "
+        f"{lengths['0.05']:,.0f} to {lengths['0.95']:,.0f} (nine in ten), at most {lengths['1']:,.0f}; "
+        f"{source.longer:.1%} are longer than a row of {context:,}"
+    )
+    most = max((n for _, n in source.histogram), default=1)
+    for up_to, count in source.histogram:
+        say(f"  up to {up_to:>9,}  {count:>11,}  ", ("█" * max(1 if count else 0, round(BAR * count / most)), "cyan"))
+    say(
+        f"  duplicates: {source.duplicates:,} of {source.searched:,} documents are word for word an earlier one"
+        + ("" if source.searched == source.documents else f" (the first {source.searched:,} were compared)")
+    )
+    for name, share in source.overlap.items():
+        if share or name == "val":
+            said = "none of it stands" if share == 0 else f"{share:.1%} of its stretches stand"
+            say(f"  held-out set {name}: {said} in the training text", "" if share <= 0.01 else (" (leaked)", "yellow"))
+    for what, counts in (("rows without text", source.skipped), ("documents taken out", source.removed)):
+        if counts:
+            say(f"  {what}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    if source.dropped is not None:
+        say(f"  best_fit packing drops {source.dropped:.1%} of the tokens: what of a document does not fit its row")
+
+
+def _print_rows(rows: Sequence[figures.Row]) -> None:
+    several = len({r.source for r in rows}) > 1
+    for number, row in enumerate(rows, 1):
+        said = f"  {len(row.parts)} document{'s' * (len(row.parts) > 1)}"
+        say((f"{number}" + (f" {row.source}" if several else ""), "cyan"), (said, "dim"))
+        parts: list[str | tuple[str, str]] = []
+        for place, part in enumerate(row.parts):
+            shown = part if len(part) <= SHOWN else f"{part[: SHOWN // 2]} […] {part[-SHOWN // 2 :]}"
+            parts += [("⏎", "bold yellow"), shown] if place else [shown]
+        say(*parts)
+        say()
+
+
+def tokenizer_train(overrides: Sequence[str], *, out: Path | None, as_json: bool) -> None:
+    """Train the tokeniser of a config on its corpus, and say what it learned."""
+    config = _composed(overrides)
+    corpus = build(config.data.corpus)
+    sources = corpus.sources if isinstance(corpus, Mix) else {"": corpus}
+    tokenizer: Tokenizer = build(config.data.tokenizer)
+    file = out or tokenizer_file(config.data, sources)
+    with PreparationProgress() as progress:
+        if getattr(tokenizer, "learns", False):
+            texts: Iterator[str] = sample(config.data, sources, int(tokenizer.characters), progress.reading)  # type: ignore[attr-defined]
+        else:
+            texts = (piece.text for source in sources.values() for piece, _ in pieces_from(source, None))
+        data_tokenizer.train(texts, tokenizer, config.data.tokenizer, out=file, as_json=as_json)
+
+
+def tokenizer_report(overrides: Sequence[str], *, compare: str, show: str, as_json: bool) -> None:
+    """Compare tokenisers over the text of a config: its own, and those named."""
+    config = _composed(overrides)
+    corpus = build(config.data.corpus)
+    sources = corpus.sources if isinstance(corpus, Mix) else {"": corpus}
+    texts = [piece.text for piece in _beginning(sources)]
+    found: dict[str, Tokenizer] = {}
+    for name in ["", *filter(None, compare.split(","))]:
+        path = Path(name)
+        if name and path.suffix == ".json":
+            found[path.stem] = data_tokenizer.read(path)
+            continue
+        options: Any = component("data/tokenizer", name).options() if name else config.data.tokenizer
+        data = replace(config.data, tokenizer=options)
+        with PreparationProgress() as progress:
+            learned = learned_tokenizer(data, sources, {}, shared=False, report=progress.reading)
+        tokenizer: Tokenizer = from_json(learned, name) if learned else build(options)
+        if not learned:
+            tokenizer.fit(texts)
+        found[tokenizer.name if tokenizer.name not in found else f"{tokenizer.name} ({tokenizer.vocabulary:,})"] = tokenizer
+    if not texts:
+        raise ConfigError("the corpus holds no text")
+    data_tokenizer.report(texts, found, show=show, as_json=as_json)
+
+
+def _beginning(sources: dict[str, Any]) -> Iterator[Any]:
+    """The text a report looks at: the first megabytes of each source."""
+    share = SAMPLE_BYTES // len(sources)
+    for corpus in sources.values():
+        at = 0
+        for piece, _ in pieces_from(corpus, None):
+            at += len(piece.text)
+            yield piece
+            if at >= share:
+                break

@@ -1,0 +1,113 @@
+"""A stream's preparation in a process of its own, while the data are used. `python -m gptlab.data.background` is that process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from gptlab.config import codec
+from gptlab.config.errors import ConfigError, DataError, GptlabError, IOFailure
+from gptlab.config.schema import DataConfig
+from gptlab.data.prepared import holder
+
+FAILED, LOG = "failed.json", "prepare.log"
+NICENESS = 10  # training comes first
+
+
+class Background:
+    """Calling it starts the preparation of a folder unless some process is at it, and raises what stopped the last one."""
+
+    def __init__(self, config: DataConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        if holder(self.folder) is not None:
+            return
+        if self._process is not None:
+            self._raise_failure()
+        (self.folder / FAILED).unlink(missing_ok=True)
+        with (self.folder / LOG).open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gptlab.data.background"],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us; we stop it
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"config": codec.encode(self.config), "folder": str(self.folder)}).encode() + b"\n")
+            self._process.stdin.flush()  # and stays open: its end tells the process that we are gone
+        except BrokenPipeError:
+            pass  # it has failed already, and the next call says why
+
+    def _raise_failure(self) -> None:
+        """Raise what the process that has ended said; nothing where it came to its end."""
+        process, self._process = self._process, None
+        file = self.folder / FAILED
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            kind = next((k for k in (ConfigError, DataError, IOFailure) if k.code == found["code"]), GptlabError)
+            raise kind(found["message"])
+        if process is not None and process.returncode not in (0, -signal.SIGTERM):
+            raise GptlabError(f"the preparation in the background ended with code {process.returncode}; see {self.folder / LOG}")
+
+    def stop(self) -> None:
+        """End the process; what it has recorded stays."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+
+    def __del__(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Prepare what standard input says; leave word in the folder of what goes wrong."""
+    signal.signal(signal.SIGTERM, _leave)
+    os.nice(NICENESS)
+    told = json.loads(sys.stdin.readline())
+    folder = Path(told["folder"])
+
+    def watch() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    from gptlab.config.registry import load_components
+    from gptlab.data.prepare import prepare
+    from gptlab.data.shard import write_json
+
+    try:
+        load_components()
+        prepare(codec.decode(DataConfig, told["config"], "standard input"))
+    except KeyboardInterrupt:
+        return 0
+    except GptlabError as error:
+        write_json(folder / FAILED, {"code": error.code, "message": str(error)})
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
