@@ -7,9 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import sentences
+from tests.stand_ins.hub_server import hub_server, write_repository
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     """Every `gptlab …` line of the shell blocks, without its comment."""
-    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.startswith("gptlab ")]
 
 
@@ -34,8 +38,15 @@ def test_nothing_is_left_to_fill_in_and_every_link_leads_somewhere() -> None:
 
 
 def test_every_experiment_stands_in_the_table() -> None:
-    listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    table = README.split("| experiment | question |")[1].split("\n\n")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
     assert listed == {f.stem for f in (ROOT / "experiments").glob("*.yaml")}
+
+
+def test_every_data_recipe_stands_in_its_table() -> None:
+    table = README.split("| recipe | text |")[1].split("\n\n")[0]
+    listed = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")}
+    assert listed == {f.stem for f in (ROOT / "conf" / "data").glob("*.yaml")}
 
 
 def test_every_experiment_begins_with_its_question() -> None:
@@ -51,23 +62,46 @@ def test_every_folder_of_the_package_stands_in_the_map() -> None:
     assert all(f"`gptlab/{name}/`" in table or f"`{name}/`" in table for name in folders)
 
 
+def shortened(command: str, sample: Path) -> list[str]:
+    """A command on our sample, with a shorter run where it would take minutes."""
+    words = shlex.split(command.replace("FILE", str(sample)))
+    if words == ["gptlab", "train"] or ("data=fineweb_edu" in words and "train" in words):
+        words.append("trainer.budget=20steps")
+    if "data=fineweb_edu" in words:
+        words = [w.replace("100M", "600k") for w in words] + ["data.corpus.held_out=100k"]
+    if words[:3] == ["gptlab", "bench", "train"]:
+        words += ["--rounds", "1"]
+    if words[:3] == ["gptlab", "bench", "data"]:
+        words += ["--rounds", "1", "--megabytes", "4"]
+    return words
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """The address of a hub with something like FineWeb-Edu."""
+    with hub_server() as server:
+        texts = [sentences(30, seed=i) for i in range(2500)]
+        server.publish("HuggingFaceFW/fineweb-edu", write_repository(tmp_path / "repository", {"sample-10BT": {"train": texts}}))
+        yield server.url
+
+
 @pytest.mark.slow
-def test_every_command_works_as_it_stands(tmp_path: Path) -> None:
+def test_every_command_works_as_it_stands(tmp_path: Path, hub: str) -> None:
     text = ROOT.parent / "shared" / "data" / "text" / "tinyshakespeare.txt"
     sample = tmp_path / "own.txt"
     sample.write_bytes(text.read_bytes() if text.is_file() else (README * 40).encode())
     (tmp_path / "my_norms.py").write_text(re.search(r"<!-- plugin: my_norms.py -->\n```python\n(.*?)```", README, re.DOTALL)[1])  # type: ignore[index]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "GPTLAB_RUNS": str(tmp_path / "runs")}
+    environment |= {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    has_gpt2 = "TIKTOKEN_CACHE_DIR" in environment  # else its vocabulary would have to be fetched
     assert len(commands()) > 12
     for command in commands():
         if "--against" in command:
             continue  # needs a nanoGPT checkout
-        words = shlex.split(command.replace("FILE", str(sample)))
-        if words == ["gptlab", "train"]:
-            words.append("trainer.budget=20steps")
-        if words[:3] == ["gptlab", "bench", "train"]:
-            words += ["--rounds", "1"]
+        if not has_gpt2 and any(word in command for word in ("fineweb", "gpt2", "bench data")):
+            continue
+        words = shortened(command, sample)
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

@@ -88,7 +88,7 @@ def data(text: Path | None, *, megabytes: int, rounds: int, as_json: bool) -> No
             f"{row['tokens']:,}",
             f"{row['tokens_per_second'] / 1e6:,.0f} M",
             f"{1000 * row['first_batch_seconds']:.0f} ms",
-            f"{row['memory_bytes'] / 1e6:,.0f} MB, {row['grown_bytes'] / 1e6:,.0f} of it by loading",
+            f"{row['memory_bytes'] / 1e6:,.0f} MB (+{row['grown_bytes'] / 1e6:,.0f})",
         )
     console.print(shown)
 
@@ -171,17 +171,18 @@ def _sparse(folder: Path, tokens: int) -> dict[str, Any]:
     """A split of so many tokens. Its large shards have been looked through once, as the ones of a preparation have."""
     import numpy as np
 
-    from gptlab.data.shard import file_hash
+    from gptlab.data.shard import file_hash, seal
 
     state = SplitState()
     writer = SplitWriter(folder, f"sparse{tokens}", np.dtype("<u2"), state)
     writer.write(np.zeros(0, np.uint16), np.zeros(1, np.int64))
     writer.flush()
     writer.close()
-    shards = []
+    shards: list[dict[str, Any]] = []
     for number, start in enumerate(range(0, tokens, SHARD_TOKENS)):
         file, count = folder / f"sparse{tokens}-{number:05d}.bin", min(SHARD_TOKENS, tokens - start)
         with file.open("wb") as opened:
             opened.truncate(2 * count)
         shards.append({"file": file.name, "tokens": count, "sha256": file_hash(file)})
+        seal(file, shards[-1]["sha256"])  # as the one that wrote it does
     return {"tokens": tokens, "documents": 1, "shards": shards, "index": writer.index()}

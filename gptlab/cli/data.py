@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from gptlab.cli import data_tokenizer
 from gptlab.config.compose import compose
-from gptlab.config.errors import ConfigError
+from gptlab.config.errors import ConfigError, Stopped
 from gptlab.config.registry import build, component
 from gptlab.config.schema import Config
 from gptlab.data import report as figures
@@ -42,17 +43,21 @@ def prepare(overrides: Sequence[str]) -> None:
     config = _composed(overrides)
     started = time.perf_counter()
     with PreparationProgress(lines=True) as progress:
-        made = prepare_data(config.data, report=progress.update)
+        try:
+            made = prepare_data(config.data, report=progress.update)
+        except KeyboardInterrupt:
+            raise Stopped("stopped; what is written of a large text is kept, and the same command goes on from there") from None
     seconds = time.perf_counter() - started
     console.print(_splits(made))
     for name, part in _parts(made).items():
-        counts = part.split_counts("train")
-        for what in ("skipped", "removed"):
-            if counts[what]:
-                said = ", ".join(f"{n:,} {reason}" for reason, n in counts[what].items())
-                say((f"{name}: " if made.parts else ""), f"{'rows without text' if what == 'skipped' else 'documents taken out'}: {said}")
-    speed = f", {progress.bytes / progress.seconds / 1e6:.1f} MB/s while tokenising" if progress.bytes and progress.seconds else ""
-    say(f"{made.folder}  ", (f"{seconds:.1f} s{speed}" if progress.bytes else "was there already", "dim"))
+        for what, title in (("skipped", "rows without text"), ("removed", "documents taken out")):
+            counts: Counter[str] = Counter()
+            for split in part.splits:
+                counts.update(part.split_counts(split)[what])
+            if counts:
+                say(f"{name}: " if made.parts else "", f"{title}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    speed = f", {progress.bytes / progress.seconds / 1e6:.1f} MB/s while tokenising" if progress.seconds > 1 else ""
+    say(f"{made.folder}  ", (f"{seconds:.1f} s{speed}" if progress.worked else "was there already", "dim"))
 
 
 def _parts(made: Prepared) -> dict[str, Prepared]:
@@ -112,15 +117,34 @@ def _report_task(made: Prepared, context: int, seed: int, rows: int) -> None:
     source = training_rows(made, context, "concatenate", seed)
     fetched = source.fetch(source.place(np.arange(max(rows, 1))), False)
     assert fetched.scored is not None
-    say(f"scored: {fetched.scored.mean():.1%} of the tokens (underlined)")
+    say(f"scored: {fetched.scored.mean():.1%} of the tokens, the answers (^)")
     for tokens, scored in zip(fetched.tokens, fetched.scored, strict=True):
-        parts = [("  " + task.alphabet[int(tokens[0])], "")]
-        parts += [(task.alphabet[int(t)], "bold underline" if s else "") for t, s in zip(tokens[1:], scored, strict=True)]
-        say(*parts)
+        say("  " + "".join(task.alphabet[t] for t in tokens.tolist()))
+        say(("   " + "".join("^" if s else " " for s in scored.tolist()), "dim"))
 
 
 def _print_source(source: figures.SourceFigures, context: int, mixed: bool) -> None:
     say((f"\n{source.name}", "bold"), f"  {source.share:.1%} of the training tokens" if mixed else "")
+    if source.documents == 1:
+        say(f"  one document of {source.tokens:,} tokens")
+    else:
+        _print_lengths(source, context)
+    say(
+        f"  duplicates: {source.duplicates:,} of {source.searched:,} documents are word for word an earlier one"
+        + ("" if source.searched == source.documents else f" (the first {source.searched:,} were compared)")
+    )
+    for name, share in source.overlap.items():
+        if share or name == "val":
+            said = "none of it stands" if share == 0 else f"{share:.1%} of its stretches stand"
+            say(f"  held-out set {name}: {said} in the training text", "" if share <= 0.01 else (" (leaked, or said often)", "yellow"))
+    for what, counts in (("rows without text", source.skipped), ("documents taken out", source.removed)):
+        if counts:
+            say(f"  {what}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    if source.dropped is not None:
+        say(f"  best_fit packing drops {source.dropped:.1%} of the tokens: what of a document does not fit its row")
+
+
+def _print_lengths(source: figures.SourceFigures, context: int) -> None:
     lengths = source.lengths
     say(
         f"  a document has {lengths['0.5']:,.0f} tokens (median), {lengths['mean']:,.0f} (mean), "
@@ -130,19 +154,6 @@ def _print_source(source: figures.SourceFigures, context: int, mixed: bool) -> N
     most = max((n for _, n in source.histogram), default=1)
     for up_to, count in source.histogram:
         say(f"  up to {up_to:>9,}  {count:>11,}  ", ("█" * max(1 if count else 0, round(BAR * count / most)), "cyan"))
-    say(
-        f"  duplicates: {source.duplicates:,} of {source.searched:,} documents are word for word an earlier one"
-        + ("" if source.searched == source.documents else f" (the first {source.searched:,} were compared)")
-    )
-    for name, share in source.overlap.items():
-        if share or name == "val":
-            said = "none of it stands" if share == 0 else f"{share:.1%} of its stretches stand"
-            say(f"  held-out set {name}: {said} in the training text", "" if share <= 0.01 else (" (leaked)", "yellow"))
-    for what, counts in (("rows without text", source.skipped), ("documents taken out", source.removed)):
-        if counts:
-            say(f"  {what}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
-    if source.dropped is not None:
-        say(f"  best_fit packing drops {source.dropped:.1%} of the tokens: what of a document does not fit its row")
 
 
 def _print_rows(rows: Sequence[figures.Row]) -> None:

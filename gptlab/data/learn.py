@@ -100,7 +100,8 @@ def sample(config: DataConfig, sources: Mapping[str, Corpus], characters: int, r
                 if given >= share:
                     break
             if given == before:
-                raise DataError(f"data/corpus={corpus.name}: there is no text to train a tokeniser on")
+                held_out = ", or all of it is held out (data.corpus.held_out)" if hasattr(corpus, "held_out_characters") else ""
+                raise DataError(f"data/corpus={corpus.name}: there is no text to train a tokeniser on{held_out}")
 
 
 def training_section(config: DataConfig, corpus: Any, length: int | None) -> Section:

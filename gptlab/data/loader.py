@@ -13,9 +13,9 @@ from torch import Tensor
 from gptlab.config.errors import DataError
 from gptlab.data.prepared import Prepared
 from gptlab.data.shard import TokenStream
-from gptlab.data.sources import Fetched, Generated, Mixed, Rows
+from gptlab.data.sources import Fetched, Generated, Mixed, Packed, Rows
 
-BLOCK = 64  # steps whose order is computed at once
+BLOCK_STEPS, BLOCK_TOKENS = 64, 1 << 20  # steps, and at most how many tokens, that are fetched at once: small batches cost overhead
 TASK_ROWS = 512  # held-out rows of a generated task, unless data.validation_tokens says how many tokens
 HELD_OUT = 1  # the part of a task's rows that is not trained on
 
@@ -71,7 +71,8 @@ class Loader:
 
     def __init__(self, source: Rows, rows: int, *, documents: bool = False) -> None:
         self.source, self.rows, self.documents, context = source, rows, documents, source.context
-        self._block, self._places = -1, np.zeros(0, np.int64)
+        self._steps = max(1, min(BLOCK_STEPS, BLOCK_TOKENS // (rows * context)))
+        self._block, self._batches = -1, list[Batch]()
         if source.settled and source.epoch_rows < rows:
             raise DataError(
                 f"the training text has {source.tokens:,} tokens, too few for one batch of {rows} x {context}, "
@@ -84,21 +85,29 @@ class Loader:
         return not self.source.known_length
 
     @property
+    def dropped(self) -> float | None:
+        """The share of the text (so far packed) that no row holds; None where packing leaves nothing out."""
+        parts = self.source.parts if isinstance(self.source, Mixed) else [self.source]
+        counts = [p.dropped() for p in parts if isinstance(p, Packed)]
+        return sum(d for d, _ in counts) / max(1, sum(t for _, t in counts)) if counts else None
+
+    @property
     def epoch_tokens(self) -> int:
         """Tokens of one pass over the text."""
         return self.source.epoch_rows * self.source.context
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, from 0."""
-        if self._block < 0 and not self.source.settled:  # the order of later steps is not known yet
-            return _batch(self.source.fetch(self.source.place(self._index(step, 1)), self.documents))
-        block, place = divmod(step, BLOCK)
-        if block != self._block:  # the order costs as much for many steps as for one
-            self._block, self._places = block, self.source.place(self._index(block * BLOCK, BLOCK))
-        return _batch(self.source.fetch(self._places[place * self.rows : (place + 1) * self.rows], self.documents))
+        if self._block < 0 and not self.source.settled:  # later steps may have to wait for text
+            return self._fetch(step, 1)[0]
+        block, place = divmod(step, self._steps)
+        if block != self._block:
+            self._block, self._batches = block, self._fetch(block * self._steps, self._steps)
+        return self._batches[place]
 
-    def _index(self, step: int, steps: int) -> np.typing.NDArray[np.int64]:
-        return np.arange(step * self.rows, (step + steps) * self.rows, dtype=np.int64)
+    def _fetch(self, step: int, steps: int) -> list[Batch]:
+        index = np.arange(step * self.rows, (step + steps) * self.rows, dtype=np.int64)
+        return _batch(self.source.fetch(self.source.place(index), self.documents)).split(self.rows)
 
     def drawn(self, steps: int) -> dict[str, tuple[float, float]]:
         """Of a mix: each source's share of the first steps' tokens, and how often its text was passed through."""

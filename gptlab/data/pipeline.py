@@ -213,8 +213,13 @@ class Encoder:
             found.looks = self.filter.looks(texts)
         if parts:
             joined = np.concatenate(parts)
-            if len(joined) and int(joined.max()) >= 1 << (8 * self.dtype.itemsize):
-                raise DataError(f"token id {int(joined.max())} does not fit {self.dtype}")
+            largest = int(joined.max(initial=0))
+            if largest >= 1 << (8 * self.dtype.itemsize):
+                raise DataError(f"token id {largest} does not fit {self.dtype}")
+            if len(joined) and largest >= self.tokenizer.vocabulary:
+                raise DataError(
+                    f"{self.tokenizer.name} gave the token id {largest}, beyond its vocabulary of {self.tokenizer.vocabulary:,}"
+                )
             found.ids, found.starts = joined.astype(self.dtype), np.array(starts, np.int64)
         return found
 
@@ -231,18 +236,20 @@ def write_section(
 ) -> None:
     """Tokenise a section from where its state stands to its end, or until `limit` tokens are written.
 
-    `commit` is called every few seconds and at the end, whatever ends it, when all that the state says is on the disk; `tell` with
-    the characters of each unit.
+    `commit` is called every few seconds and at the end, whatever ends it, unless that was within the writing of a unit: what it
+    records is true. `tell` is called with the characters of each unit.
     """
     state = writer.state
     place = Place(*state.mark) if state.mark else START
     work = units(read_section(section, place), begins=not place.inside)
     first_border = len(encoder.border)
     last_commit = time.monotonic()
+    sound = True  # whether the state is that of a whole number of units; an interrupt or a full disk may come within one
     try:
         with ThreadPoolExecutor(threads) as pool:
             try:
                 for encoded in _in_order(pool, work, encoder, threads):
+                    sound = False
                     ids, starts = _filtered(encoded, encoder.filter, state.removed)
                     if state.tokens == 0 and len(starts):  # no border before the first
                         ids, starts = ids[first_border:], np.maximum(starts - first_border, 0)
@@ -252,6 +259,7 @@ def write_section(
                     for reason, count in encoded.skipped.items():
                         state.skipped[reason] = state.skipped.get(reason, 0) + count
                     state.mark = list(encoded.behind)
+                    sound = True
                     tell(encoded.characters)
                     if limit is not None and state.tokens >= limit:
                         return
@@ -263,7 +271,8 @@ def write_section(
                 pool.shutdown(cancel_futures=True)
                 work.close()
     finally:
-        commit()
+        if sound:
+            commit()
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Iterator[Unit], encoder: Encoder, threads: int) -> Iterator[Encoded]:

@@ -188,6 +188,9 @@ def open_prepared(folder: Path, *, limit: int | None = None, ensure: Callable[[]
         if "val" not in manifest["splits"]:
             raise DataError(f"{file} lists the splits {', '.join(manifest['splits']) or 'none'}, and not val; {mend}")
         np.dtype(manifest["dtype"])
+        vocabulary, largest = manifest["tokenizer"]["vocabulary"], max(s.get("largest", 0) for s in manifest["splits"].values())
+        if largest >= vocabulary:
+            raise DataError(f"{file}: the token id {largest} is beyond the model's vocabulary of {vocabulary:,}; {mend}")
         written = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
         tokenizer = from_json(written, str(folder / TOKENIZER))
     except (OSError, ValueError, KeyError, TypeError) as error:

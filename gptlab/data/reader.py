@@ -7,7 +7,10 @@ import csv
 import glob
 import io
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -219,7 +222,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[Piece]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file) as opened:
+        with _seekable(file) as raw, pq.ParquetFile(raw) as opened:
             names = opened.schema_arrow.names
             if column not in names:
                 raise ConfigError(f"{file}: there is no column {column!r}; there are {', '.join(names)} (data.corpus.column)")
@@ -232,6 +235,19 @@ def _parquet_rows(file: Path, column: str) -> Iterator[Piece]:
                     yield row_piece(value)
     except pa.ArrowInvalid as error:
         raise DataError(f"{file} is damaged or no Parquet file ({' '.join(str(error).split())[:150]})") from error
+
+
+@contextmanager
+def _seekable(file: Path) -> Iterator[IO[bytes]]:
+    """A file that can be read anywhere, as Parquet is: a compressed one is unpacked into a temporary file."""
+    with _opened(file) as raw:
+        if file.suffix.lower() not in COMPRESSED:
+            yield raw
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(raw, unpacked, PIECE)
+            unpacked.seek(0)
+            yield unpacked
 
 
 def _value(scalar: Any) -> Any:

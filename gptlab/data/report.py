@@ -62,7 +62,6 @@ def _source(name: str, part: Prepared, whole: Prepared, rows: Rows | None, share
     lengths = np.diff([*starts, len(stream)])
     searched, duplicates = _duplicates(stream, starts)
     sets = {n: whole.stream(n) for n in whole.validation_names if n != "val" or not whole.parts}
-    part_of = _beginning(stream, LOOKED_AT)
     dropped = rows.dropped() if isinstance(rows, Packed) else None
     quantiles = np.quantile(lengths, QUANTILES)
     return SourceFigures(
@@ -79,15 +78,9 @@ def _source(name: str, part: Prepared, whole: Prepared, rows: Rows | None, share
         longer=float((lengths > context).mean()),
         duplicates=duplicates,
         searched=searched,
-        overlap=overlaps(part_of, sets),
+        overlap=overlaps(stream.beginning(LOOKED_AT), sets),
         dropped=dropped[0] / dropped[1] if dropped else None,
     )
-
-
-def _beginning(stream: TokenStream, tokens: int) -> TokenStream:
-    if len(stream) > tokens:
-        stream._length = tokens
-    return stream
 
 
 def _histogram(lengths: Tokens) -> list[tuple[int, int]]:

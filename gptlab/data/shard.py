@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import mmap
 import os
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ from gptlab.config.errors import DataError, IOFailure
 FORMAT = 2
 SHARD_TOKENS = 100_000_000
 ALWAYS_HASHED = 64 << 20  # bytes; a larger shard is hashed again only when its size or date has changed
-RELEASE = 64 << 20  # bytes read before the pages of a mapped file are let go: they stay in the system's cache, not in ours
+OPEN_FILES = 256  # at once: a large corpus has more shards than a process may have files
+INDEX_READ = 512  # numbers of an index read at once
 Tokens = npt.NDArray[np.int64]
 
 
@@ -47,27 +49,42 @@ def write_json_safely(file: Path, content: Any) -> None:
         raise IOFailure(f"{file} could not be written ({error.strerror or error})") from error
 
 
-class _Mapped:
-    """A file of numbers, mapped as far as it is valid, and checked when it is first opened."""
+class _File:
+    """A file of numbers, as far as it is valid: checked when it is first opened, read in place.
+
+    Read and not mapped: the pages of a map count as memory of the process, two megabytes around every window that is touched,
+    and a fault costs more than the call.
+    """
+
+    _opened: ClassVar[OrderedDict[_File, int]] = OrderedDict()  # the files that are open, the latest used last
 
     def __init__(self, file: Path, dtype: np.dtype[Any], length: int, sha256: str | None) -> None:
         self.file, self.dtype, self.length = file, dtype, length
         _verify(file, length * dtype.itemsize, sha256)
-        self._map: mmap.mmap | None = None
-        self._array: npt.NDArray[Any] = np.zeros(0, dtype)
-        self._read = 0
 
-    def array(self, reading: int = 0) -> npt.NDArray[Any]:
-        """All numbers; `reading` is how many of them are about to be read."""
-        if len(self._array) != self.length:
-            with self.file.open("rb") as opened:
-                self._map = mmap.mmap(opened.fileno(), self.length * self.dtype.itemsize, access=mmap.ACCESS_READ)
-            self._array = np.frombuffer(self._map, self.dtype)
-        self._read += reading * self.dtype.itemsize
-        if self._read > RELEASE and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
-        return self._array
+    def descriptor(self) -> int:
+        """The open file, for reading in place."""
+        if self not in self._opened:
+            if len(self._opened) >= OPEN_FILES:
+                os.close(self._opened.popitem(last=False)[1])
+            self._opened[self] = os.open(self.file, os.O_RDONLY)
+        self._opened.move_to_end(self)
+        return self._opened[self]
+
+    def __del__(self) -> None:
+        if descriptor := self._opened.pop(self, None):
+            os.close(descriptor)
+
+    def read(self, start: int, length: int) -> npt.NDArray[Any]:
+        """`length` numbers from `start`."""
+        found = np.empty(length, self.dtype)
+        view, at = found.data.cast("B"), start * self.dtype.itemsize
+        while len(view):
+            count = os.preadv(self.descriptor(), [view], at)
+            if count == 0:
+                raise DataError(f"{self.file} ends before its place {start + length:,}; it was cut while it was read")
+            view, at = view[count:], at + count
+        return found
 
 
 def _verify(file: Path, expected: int, sha256: str | None) -> None:
@@ -80,14 +97,25 @@ def _verify(file: Path, expected: int, sha256: str | None) -> None:
         raise DataError(f"{file} has {status.st_size:,} bytes, its manifest says {expected:,}; {mend}")
     if sha256 is None:
         return
-    seal, seen = file.with_name(f"{file.name}.seen"), f"{status.st_size} {status.st_mtime_ns} {sha256}"
-    if expected > ALWAYS_HASHED and seal.is_file() and seal.read_text() == seen:
+    mark, content = _seal(file, sha256)
+    if expected > ALWAYS_HASHED and mark.is_file() and mark.read_text() == content:
         return
     found = file_hash(file)
     if found != sha256:
         raise DataError(f"{file} has sha256 {found[:12]}…, its manifest says {sha256[:12]}…; {mend}")
-    if expected > ALWAYS_HASHED and os.access(file.parent, os.W_OK):
-        seal.write_text(seen)
+    seal(file, sha256)
+
+
+def _seal(file: Path, sha256: str) -> tuple[Path, str]:
+    status = file.stat()
+    return file.with_name(f"{file.name}.seen"), f"{status.st_size} {status.st_mtime_ns} {sha256}"
+
+
+def seal(file: Path, sha256: str) -> None:
+    """Note that a large file has this content, so that it is hashed again only when its size or date changes."""
+    mark, content = _seal(file, sha256)
+    if file.stat().st_size > ALWAYS_HASHED and os.access(file.parent, os.W_OK):
+        mark.write_text(content)
 
 
 def file_hash(file: Path) -> str:
@@ -105,14 +133,14 @@ class TokenStream:
 
     def __init__(self, parts: list[tuple[Path, dict[str, Any]]], dtype: np.dtype[Any], limit: int | None = None) -> None:
         self.dtype = dtype
-        self._shards: list[_Mapped] = []
-        self._documents: list[tuple[int, _Mapped]] = []  # tokens before the part, where its documents begin
+        self._shards: list[_File] = []
+        self._documents: list[tuple[int, _File]] = []  # tokens before the part, where its documents begin
         total = 0
         for folder, split in parts:
             index = split["index"]
-            self._documents.append((total, _Mapped(folder / index["file"], np.dtype("<u8"), split["documents"], index.get("sha256"))))
+            self._documents.append((total, _File(folder / index["file"], np.dtype("<u8"), split["documents"], index.get("sha256"))))
             for shard in split["shards"]:
-                self._shards.append(_Mapped(folder / shard["file"], dtype, shard["tokens"], shard.get("sha256")))
+                self._shards.append(_File(folder / shard["file"], dtype, shard["tokens"], shard.get("sha256")))
                 total += shard["tokens"]
         self._starts = np.cumsum([0, *(s.length for s in self._shards)])
         self._length = total if limit is None else min(total, limit)
@@ -120,40 +148,47 @@ class TokenStream:
     def __len__(self) -> int:
         return self._length
 
+    def beginning(self, tokens: int) -> TokenStream:
+        """The same stream, at most so long."""
+        found = copy.copy(self)
+        found._length = min(self._length, tokens)
+        return found
+
     def window(self, start: int, length: int) -> Tokens:
         """`length` tokens from `start`, across shards where need be."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts: list[npt.NDArray[Any]] = []
         while length > 0:
-            array, offset = self._shards[first].array(length), start - int(self._starts[first])
-            part = array[offset : offset + length]
-            parts.append(part)
-            start, length, first = start + len(part), length - len(part), first + 1
+            shard, offset = self._shards[first], start - int(self._starts[first])
+            parts.append(shard.read(offset, min(length, shard.length - offset)))
+            start, length, first = start + len(parts[-1]), length - len(parts[-1]), first + 1
         return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else parts[0].astype(np.int64)
 
     def windows(self, starts: Tokens, length: int) -> Tokens:
         """Windows of equal length: (n,) first tokens -> (n, length) tokens."""
-        found = np.empty((len(starts), length), np.int64)
+        found = np.empty((len(starts), length), self.dtype)
+        size, width = self.dtype.itemsize, length * self.dtype.itemsize
+        view = found.data.cast("B")
         shard = np.searchsorted(self._starts, starts, side="right") - 1
-        for place in np.unique(shard):
-            here = np.flatnonzero(shard == place)
-            local = starts[here] - self._starts[place]
-            inside = local + length <= self._shards[place].length
-            if inside.any():
-                array = self._shards[place].array(int(inside.sum()) * length)
-                found[here[inside]] = np.lib.stride_tricks.sliding_window_view(array, length)[local[inside]]
-            for row in here[~inside]:  # over the border of a shard
-                found[row] = self.window(int(starts[row]), length)
-        return found
+        local = starts - self._starts[shard]
+        inside = starts + length <= self._starts[shard + 1]
+        for place in np.unique(shard[inside]).tolist():
+            here = np.flatnonzero(inside & (shard == place))
+            descriptor = self._shards[place].descriptor()
+            for row, at in zip((here * width).tolist(), (local[here] * size).tolist(), strict=True):
+                if os.preadv(descriptor, (view[row : row + width],), at) != width:
+                    raise DataError(f"{self._shards[place].file} was cut while it was read")
+        for row in np.flatnonzero(~inside).tolist():  # over the border of a shard
+            found[row] = self.window(int(starts[row]), length)
+        return found.astype(np.int64)
 
     def document_starts(self, start: int = 0, end: int | None = None) -> Tokens:
         """The places in [start, end) where a document begins, at the border token before it where there is one."""
         end = self._length if end is None else min(end, self._length)
         found = []
-        for before, mapped in self._documents:
-            places = mapped.array() if mapped.length else np.zeros(0, np.uint64)
-            low, high = np.searchsorted(places, np.array([max(start - before, 0), max(end - before, 0)], np.uint64))
-            found.append(places[low:high].astype(np.int64) + before)
+        for before, index in self._documents:
+            low, high = (_first_at_least(index, max(place - before, 0)) for place in (start, end))
+            found.append(index.read(low, high - low).astype(np.int64) + before)
         return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def documents(self, starts: Tokens, length: int) -> Tokens:
@@ -165,6 +200,15 @@ class TokenStream:
         return found.cumsum(1)
 
 
+def _first_at_least(index: _File, place: int) -> int:
+    """How many of an index's rising numbers are below a place."""
+    low, high = 0, index.length
+    while high - low > INDEX_READ:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if int(index.read(middle, 1)[0]) < place else (low, middle)
+    return low + int(np.searchsorted(index.read(low, high - low), np.uint64(place)))
+
+
 @dataclass
 class SplitState:
     """What has been written of a split: the manifest's entry for it, and where a reader goes on."""
@@ -173,6 +217,7 @@ class SplitState:
     bytes: int = 0
     characters: int = 0
     documents: int = 0
+    largest: int = 0  # the largest token id
     skipped: dict[str, int] = field(default_factory=dict)  # rows of the source without a text, by reason
     removed: dict[str, int] = field(default_factory=dict)  # documents that a filter took out, by reason
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -181,7 +226,7 @@ class SplitState:
 
     def entry(self, index: dict[str, Any]) -> dict[str, Any]:
         """The manifest's entry."""
-        counts = {n: getattr(self, n) for n in ("tokens", "bytes", "characters", "documents", "skipped", "removed")}
+        counts = {n: getattr(self, n) for n in ("tokens", "bytes", "characters", "documents", "largest", "skipped", "removed")}
         return {**counts, "shards": self.shards, "index": index}
 
 
@@ -196,9 +241,9 @@ class SplitWriter:
         self.index_name = f"{split}.documents"
         self._index, self._index_hash = self._resume(self.index_name, 8 * state.documents)
         last = state.shards[-1] if state.shards else None
-        if last is None or last["tokens"] >= SHARD_TOKENS:
+        if last is None:
             self._open_next()
-        else:
+        else:  # a full one too: the next is begun when there is something to write
             self._file, self._hash = self._resume(last["file"], last["tokens"] * dtype.itemsize)
 
     def _resume(self, name: str, size: int) -> tuple[Any, Any]:
@@ -228,6 +273,7 @@ class SplitWriter:
         self._index_hash.update(places)
         self.state.documents += len(starts)
         self.state.tokens += len(ids)
+        self.state.largest = max(self.state.largest, int(ids.max(initial=0)))
         while len(ids):
             shard = self.state.shards[-1]
             if shard["tokens"] >= SHARD_TOKENS:
@@ -254,6 +300,8 @@ class SplitWriter:
     def _finish(self) -> None:
         self.flush()
         self._file.close()
+        shard = self.state.shards[-1]
+        seal(self.folder / shard["file"], shard["sha256"])
 
     def close(self) -> None:
         self._file.close()

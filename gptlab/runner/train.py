@@ -170,6 +170,8 @@ def _train(trainer: Trainer, title: str) -> Outcome:
         f"  {title}: {trainer.parameters:,} parameters, {hardware.device}, {hardware.precision}"
         f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{resumed}"
     )
+    if (dropped := trainer.loader.dropped) is not None:
+        line += f"; best_fit packing drops {dropped:.1%} of the text"
     say((line, "dim"))
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
     metrics = MetricsFile(run.metrics_file, trainer.state.step)

@@ -87,6 +87,7 @@ class PreparationProgress:
         self.live = console.is_terminal and not os.environ.get("GPTLAB_QUIET")
         self.lines = lines and not self.live  # a plain line now and then, for a log
         self.bytes, self.seconds = 0, 0.0  # of text tokenised so far, and how long that took
+        self.worked = False  # whether anything was tokenised
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._stage = ""
@@ -106,6 +107,7 @@ class PreparationProgress:
         stage = f"{told.source} {told.stage}".strip()
         if stage != self._stage:
             self._stage, self._started, self._first, self._before = stage, now, told.bytes, (self.bytes, self.seconds)
+        self.worked = self.worked or bool(told.tokens)
         self.bytes, self.seconds = self._before[0] + told.bytes - self._first, self._before[1] + now - self._started
         if now - self._shown < (LINE_EVERY if self.lines else SHOWN_EVERY):
             return

@@ -27,6 +27,7 @@ from gptlab.data import hub as module
 from gptlab.data import rows
 from gptlab.data.hub import Hub
 from gptlab.data.reader import Piece
+from tests.data.conftest import forget_hub
 from tests.stand_ins.hub_server import COMMIT, Server, hub_server, write_repository
 
 NAME, CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
@@ -53,37 +54,10 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(folder: Path, tmp_path: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A hub, and the real clients of this process turned to it: they read their environment only when they are imported."""
-    with hub_server() as made:
-        made.publish(NAME, folder)
-        constants, config = huggingface_hub.constants, datasets.config
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for target, values in (
-            (constants, {"ENDPOINT": made.url, "HUGGINGFACE_CO_URL_TEMPLATE": made.url + "/{repo_id}/resolve/{revision}/{filename}"}),
-            (constants, {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "hf"), "HF_TOKEN_PATH": str(tmp_path / "token")}),
-            (config, {"HF_ENDPOINT": made.url, "HUB_DATASETS_URL": made.url + "/datasets/{repo_id}/resolve/{revision}/{path}"}),
-            (config, {"HF_HUB_OFFLINE": False, "HF_DATASETS_CACHE": tmp_path / "datasets", "STREAMING_READ_RETRY_INTERVAL": 0}),
-            (module, {"ASK_WAITS": (0.0, 0.0), "READ_WAITS": (0.0, 0.0, 0.0)}),
-        ):
-            for name, value in values.items():
-                monkeypatch.setattr(target, name, value)
-        monkeypatch.setattr("huggingface_hub.utils._http.time", _Hurried())
-        _forget()
-        yield made
-    _forget()
-
-
-class _Hurried:
-    """The module `time`, whose sleep takes none: the client's waits between tries are long."""
-
-    def __getattr__(self, name: str) -> Any:
-        return (lambda seconds: None) if name == "sleep" else getattr(time, name)
-
-
-def _forget() -> None:
-    huggingface_hub.HfFileSystem.clear_instance_cache()
-    huggingface_hub.close_session()
+def server(hub: Server, folder: Path) -> Server:
+    """A hub with the data set."""
+    hub.publish(NAME, folder)
+    return hub
 
 
 def corpus(**options: Any) -> Hub:
@@ -284,7 +258,7 @@ def test_a_gated_data_set_is_given_to_members_only(server: Server, folder: Path,
         with pytest.raises(ConfigError, match=r"accept its terms at https://huggingface\.co/datasets/owner/gated, .*HF_TOKEN"):
             all_rows(Hub(dataset="owner/gated"))
     monkeypatch.setenv("HF_TOKEN", "hf_member")
-    _forget()
+    forget_hub()
     assert [p for p, _ in all_rows(Hub(dataset="owner/gated"))] == pieces(TEXTS[:10])
 
 
