@@ -78,7 +78,7 @@ def _ours(trainer: Trainer) -> Callable[[int], float]:
     def steps(count: int) -> float:
         started = time.perf_counter()
         for _ in range(count):
-            trainer.train_step()
+            trainer.train_step(trainer.loader.batch(trainer.state.step))
             trainer.state.step += 1
         return time.perf_counter() - started
 

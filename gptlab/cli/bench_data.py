@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from gptlab.cli.train import environment
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, component
@@ -124,7 +124,7 @@ def _tokenising(text: Path | None, folder: Path, megabytes: int, rounds: int) ->
         encoding.encode_ordinary_batch(documents, num_threads=threads)
 
     def whole() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as home, _environment("GPTLAB_HOME", home):
+        with tempfile.TemporaryDirectory(dir=folder) as home, environment("GPTLAB_HOME", home):
             prepare(config, threads=threads)
 
     times = {name: [_seconds(call) for _ in range(0)] for name, call in (("tiktoken", bare), ("prepare", whole))}
@@ -140,19 +140,6 @@ def _seconds(call: Callable[[], None]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _loading(folder: Path) -> list[dict[str, Any]]:

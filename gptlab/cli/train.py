@@ -43,12 +43,12 @@ def train(arguments: Sequence[str]) -> int:
             passed.append("tracker=none")
             stack.enter_context(_scratch())
         if "--rerun" in own:
-            stack.enter_context(_environment(RERUN, "1"))
+            stack.enter_context(environment(RERUN, "1"))
         compose.prepare()
         shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
         size = None if shows_only else compose.sweep_size(passed)
         if size is not None:
-            stack.enter_context(_environment(SIZE, str(size)))
+            stack.enter_context(environment(SIZE, str(size)))
         outcomes = stack.enter_context(_launch_folder())
         _run_hydra(passed)
         if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
@@ -88,7 +88,7 @@ def _scratch() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="gptlab-scratch-")
     say((f"scratch runs in {folder}, deleted at the end", "dim"))
     try:
-        with _environment("GPTLAB_RUNS", folder):
+        with environment("GPTLAB_RUNS", folder):
             yield
     except BaseException:
         say((f"{folder} is kept", "dim"))
@@ -97,7 +97,7 @@ def _scratch() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
+def environment(name: str, value: str) -> Iterator[None]:
     """Set a variable that workers of a sweep inherit."""
     before = os.environ.get(name)
     os.environ[name] = value
@@ -115,7 +115,7 @@ def _launch_folder() -> Iterator[Path]:
     """A folder for Hydra's own notes and the outcomes that the tasks of this launch append; gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="gptlab-launch-"))
     try:
-        with _environment(LAUNCH, str(folder)):
+        with environment(LAUNCH, str(folder)):
             yield folder / "outcomes.jsonl"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from gptlab.config.errors import ConfigError
+from gptlab.config.registry import component_of
 from gptlab.config.schema import Config, HardwareConfig, ModelConfig
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
@@ -87,8 +88,11 @@ def resolve(config: Config, machine: Machine) -> Config:
         config.seeds,
         **{n: config.seed for n in ("init", "data", "dropout") if getattr(config.seeds, n) is None},
     )
+    # A tokeniser of any size may wish for a vocabulary that suits the device's tiles (bpe: a multiple of 64).
+    wished = getattr(component_of(config.data.tokenizer).factory, "pad_vocab_to", 1)
     return replace(
         config,
+        model=replace(config.model, pad_vocab_to=wished) if config.model.pad_vocab_to == 1 else config.model,
         hardware=replace(hardware, micro_batch=micro),
         trainer=replace(config.trainer, batch_tokens=batch),
         seeds=seeds,

@@ -40,7 +40,7 @@ class ModelConfig:
     context_length: int = MISSING
     bias: bool = True
     dropout: float = 0.0
-    pad_vocab_to: int = 1  # the embedding's rows are padded to a multiple of this
+    pad_vocab_to: int = 1  # the embedding's rows are padded to a multiple of this; 1: as the tokeniser wishes (bpe: 64)
     norm: Norm = MISSING
     position: Position = MISSING
     attention: Attention = MISSING

@@ -1,4 +1,4 @@
-"""A stream's preparation in a process of its own, while the data are used. `python -m gptlab.data.background` is that process."""
+"""A stream's preparation in a process of its own (`python -m gptlab.data`), while the data are used."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from types import FrameType
 
 from gptlab.config import codec
 from gptlab.config.errors import ConfigError, DataError, GptlabError, IOFailure
 from gptlab.config.schema import DataConfig
-from gptlab.data.prepared import holder
+from gptlab.data.prepared import preparer
 
 FAILED, LOG = "failed.json", "prepare.log"
-NICENESS = 10  # training comes first
 
 
 class Background:
@@ -30,14 +27,14 @@ class Background:
     def __call__(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        if holder(self.folder) is not None:
+        if preparer(self.folder) is not None:
             return
         if self._process is not None:
             self._raise_failure()
         (self.folder / FAILED).unlink(missing_ok=True)
         with (self.folder / LOG).open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gptlab.data.background"],
+                [sys.executable, "-m", "gptlab.data"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -76,38 +73,3 @@ class Background:
     def __del__(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def main() -> int:
-    """Prepare what standard input says; leave word in the folder of what goes wrong."""
-    signal.signal(signal.SIGTERM, _leave)
-    os.nice(NICENESS)
-    told = json.loads(sys.stdin.readline())
-    folder = Path(told["folder"])
-
-    def watch() -> None:
-        sys.stdin.read()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-    from gptlab.config.registry import load_components
-    from gptlab.data.prepare import prepare
-    from gptlab.data.shard import write_json
-
-    try:
-        load_components()
-        prepare(codec.decode(DataConfig, told["config"], "standard input"))
-    except KeyboardInterrupt:
-        return 0
-    except GptlabError as error:
-        write_json(folder / FAILED, {"code": error.code, "message": str(error)})
-        return error.code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,8 +18,8 @@ from gptlab.config.errors import ConfigError, DataError, GptlabError, IOFailure
 from gptlab.config.registry import register, suggest
 from gptlab.data.amount import amount
 from gptlab.data.corpus import Cursor, home
+from gptlab.data.hub_rows import Rows, ahead, from_parquet, from_stream, texts_of
 from gptlab.data.reader import Piece
-from gptlab.data.rows import Rows, ahead, from_parquet, from_stream, texts_of
 
 ASK_WAITS = (1.0, 3.0)  # seconds between the first questions: a hub that is not there is told within half a minute
 READ_WAITS = (5.0, 15.0, 30.0, 60.0)  # seconds before a broken stream is opened anew, after the client's own retries

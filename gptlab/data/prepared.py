@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptlab.config.errors import DataError
+from gptlab.config.lock import held, holder
 from gptlab.data.shard import FORMAT, TokenStream, manifest_hash
 from gptlab.data.synthetic import Task
 from gptlab.data.tokenizer import Tokenizer, digest, from_json
@@ -38,6 +36,7 @@ class Prepared:
     weights: dict[str, float] = field(default_factory=dict)
     task: Task | None = None
     ensure: Callable[[], None] = lambda: None  # starts what makes a stream grow; raises what stopped it
+    _streams: dict[str, TokenStream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def hash(self) -> str:
@@ -86,7 +85,15 @@ class Prepared:
         return found
 
     def stream(self, split: str) -> TokenStream:
-        """The tokens of a split. Raises DataError when there is no such split, or a shard is missing or altered."""
+        """The tokens of a split. Raises DataError when there is no such split, or a shard is missing or altered.
+
+        Opened, and its files checked, once: a held-out set is measured again and again.
+        """
+        if split not in self._streams:
+            self._streams[split] = self._open(split)
+        return self._streams[split]
+
+    def _open(self, split: str) -> TokenStream:
         if split in self.parts:
             return self.parts[split].stream("val")
         if self.parts and split == "val":
@@ -144,9 +151,9 @@ class GrowingStream(TokenStream):
     def reach(self, tokens: int) -> int:
         """Wait until so many tokens are there, or the stream is complete; returns how many there are."""
         while self._length < tokens and not self.complete:
-            self.ensure()
-            self._refresh()
+            self._refresh()  # first: what was written before a failure is used before the failure is told
             if self._length < tokens and not self.complete:
+                self.ensure()
                 time.sleep(POLL_SECONDS)
         return self._length
 
@@ -211,29 +218,12 @@ def lock_file(folder: Path) -> Path:
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[bool]:
-    """Hold the preparation of a folder: True, or False where another process holds it now. A dead holder's lock is free."""
+    """Hold the preparation of a folder: True, or False where another process holds it now."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file(folder).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield True
+    with held(lock_file(folder)) as mine:
+        yield mine
 
 
-def holder(folder: Path) -> str | None:
+def preparer(folder: Path) -> str | None:
     """Who prepares a folder now; None if nobody does."""
-    try:
-        with lock_file(folder).open("r") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return file.read().strip() or "another process"
-    except OSError:
-        return None
-    return None
+    return holder(lock_file(folder))

@@ -24,7 +24,7 @@ from gptlab.data.filter import Filter
 from gptlab.data.held_out import Files, make_filter
 from gptlab.data.overlap import refuse_overlap
 from gptlab.data.pipeline import Encoder, Section, pieces_from, write_section
-from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, holder, open_prepared, preparing, read_progress
+from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, open_prepared, preparer, preparing, read_progress
 from gptlab.data.shard import FORMAT, SplitState, SplitWriter, write_json
 from gptlab.data.tokenizer import Tokenizer, digest, from_json, to_json
 
@@ -102,7 +102,7 @@ class Work:
                 if mine and not self.found():
                     self._make(background)
             if not mine:
-                self.tell(Progress(self.source, "waiting", "tokens", 0, None, waiting=holder(self.folder) or ""))
+                self.tell(Progress(self.source, "waiting", "tokens", 0, None, waiting=preparer(self.folder) or ""))
                 time.sleep(POLL_SECONDS)
         return open_prepared(self.folder, limit=self.limit, ensure=ensure)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from typing import Any
 
 from gptlab.config import codec
 from gptlab.config.errors import ConfigError, GptlabError, IOFailure
+from gptlab.config.lock import held
+from gptlab.config.lock import holder as lock_holder
 from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.tracker.jsonl import read_metrics
@@ -98,34 +98,17 @@ class Run:
 @contextlib.contextmanager
 def locked(run: Run) -> Iterator[None]:
     """Hold a run for this process. Raises GptlabError, naming the holder, if another has it; a dead holder's lock is free."""
-    file = (run.directory / ".lock").open("a+")
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            by = file.read().strip() or "another process"
-            raise GptlabError(f"{run.directory} is being trained by {by}; wait for it or stop it") from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    file = run.directory / ".lock"
+    with held(file) as mine:
+        if not mine:
+            by = file.read_text(encoding="utf-8").strip() or "another process"
+            raise GptlabError(f"{run.directory} is being trained by {by}; wait for it or stop it")
         yield
-    finally:
-        file.close()  # and with it the lock
 
 
 def holder(directory: Path) -> str | None:
-    """Who holds a run's lock now; None if nobody does."""
-    try:
-        with (directory / ".lock").open("r") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return file.read().strip() or "another process"
-    except OSError:
-        return None
-    return None
+    """Who trains a run now; None if nobody does."""
+    return lock_holder(directory / ".lock")
 
 
 def run_of(config: Config, identity: str) -> Run:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class Trainer:
         self.state = State()
         self.latest: Metrics = {}  # the newest value of everything measured
         self._stop: int | None = None
+        self._waiting = False  # for text, where a signal need not wait for the step's end
         self._sinks: tuple[Callable[[Metrics], None], ...] = ()
         torch.manual_seed(dropout_seed)
 
@@ -101,10 +102,11 @@ class Trainer:
             while not self.finished:
                 before = time.perf_counter()
                 try:
-                    measured = self.train_step()
-                except (DataError, IOFailure):  # the text ran out before anything of this step was done
-                    self.save_checkpoint()
+                    batch = self._next_batch()
+                except (DataError, IOFailure, _Waiting):  # there is no text now; nothing of this step was done
+                    self._leave() if self._stop is not None else self.save_checkpoint()
                     raise
+                measured = self.train_step(batch)
                 seconds = time.perf_counter() - before
                 self.state.step += 1
                 self.state.tokens += self.batch_tokens
@@ -117,8 +119,7 @@ class Trainer:
                     self.record(measured)
                 self._each("on_step")
                 if self._stop is not None:
-                    self.save_checkpoint()
-                    raise Stopped(f"stopped at step {self.state.step} by {signal.Signals(self._stop).name}; the same command resumes it")
+                    self._leave()
             self.state.wall = wall + time.perf_counter() - started
             self._each("on_end")
             self.state.wall = wall + time.perf_counter() - started
@@ -139,12 +140,24 @@ class Trainer:
         share = self.state.seconds / self.time_limit
         return self.state.step / share if share > 0 else UNKNOWN_STEPS
 
-    def train_step(self) -> Metrics:
+    def _next_batch(self) -> Batch:
+        """The batch of this step; of a stream it may have to be waited for, and a signal ends the waiting."""
+        self._waiting = True
+        try:
+            return self.loader.batch(self.state.step)
+        finally:
+            self._waiting = False
+
+    def _leave(self) -> NoReturn:
+        assert self._stop is not None
+        self.save_checkpoint()
+        raise Stopped(f"stopped at step {self.state.step} by {signal.Signals(self._stop).name}; the same command resumes it")
+
+    def train_step(self, batch: Batch) -> Metrics:
         """One update. The loss is normalised by the whole batch's token weight, whatever the split into micro-batches.
 
         Raises DivergedError before a loss or gradient that is not finite can touch the weights.
         """
-        batch = self.loader.batch(self.state.step)
         weight = float(batch.targets.numel() if batch.weight is None else batch.weight.sum())
         total = torch.zeros((), device=self.device)
         for part in batch.split(self.micro_batch):
@@ -222,6 +235,12 @@ class Trainer:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._stop = number
+        if self._waiting:
+            raise _Waiting
+
+
+class _Waiting(Exception):
+    """A signal came while the next batch was waited for."""
 
 
 def _in_main_thread() -> bool:

@@ -151,3 +151,12 @@ def test_resolve_is_pure_and_settles_everything() -> None:
     assert config == before
     assert resolve(once, CPU) == once
     assert "auto" not in (once.hardware.device, once.hardware.precision, once.hardware.micro_batch, once.trainer.batch_tokens)
+
+
+def test_a_bpe_of_ones_own_pads_the_vocabulary_to_a_multiple_of_64_unless_told_otherwise() -> None:
+    def padding(*overrides: str) -> int:
+        return resolve(compose(overrides), Machine(devices=("cpu",))).model.pad_vocab_to
+
+    assert padding("data/tokenizer=bpe") == 64
+    assert padding("data/tokenizer=bpe", "model.pad_vocab_to=128") == 128
+    assert padding("data/tokenizer=gpt2") == padding("data/tokenizer=char") == 1

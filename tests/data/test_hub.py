@@ -24,7 +24,7 @@ import yaml
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import component
 from gptlab.data import hub as module
-from gptlab.data import rows
+from gptlab.data import hub_rows
 from gptlab.data.hub import Hub
 from gptlab.data.reader import Piece
 from tests.data.conftest import forget_hub
@@ -95,8 +95,8 @@ def test_bytes_that_are_no_text_are_skipped_and_their_neighbours_kept(server: Se
 
 @pytest.mark.parametrize("kind", ["parquet", "lines"])
 def test_any_cut_resumes_exactly_while_requests_fail(server: Server, lines: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(rows, "BLOCK", 1 << 10)  # many requests a file
-    monkeypatch.setattr(rows, "BATCH", 300)
+    monkeypatch.setattr(hub_rows, "BLOCK", 1 << 10)  # many requests a file
+    monkeypatch.setattr(hub_rows, "BATCH", 300)
     server.publish("owner/lines", lines)
     made = corpus() if kind == "parquet" else Hub(dataset="owner/lines")
     whole = all_rows(made)
@@ -113,8 +113,8 @@ def test_any_cut_resumes_exactly_while_requests_fail(server: Server, lines: Path
 
 @pytest.mark.parametrize("at", [1, 8, 25, 33])
 def test_a_stream_that_breaks_beyond_the_clients_patience_is_opened_anew(server: Server, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    monkeypatch.setattr(rows, "BLOCK", 1 << 10)
-    monkeypatch.setattr(rows, "AHEAD", 1)
+    monkeypatch.setattr(hub_rows, "BLOCK", 1 << 10)
+    monkeypatch.setattr(hub_rows, "AHEAD", 1)
     stream = corpus().pieces_from(None)
     found = [next(stream) for _ in range(at)]
     server.faults.unavailable = 8  # the client asks six times
@@ -127,8 +127,8 @@ def test_a_stream_that_breaks_beyond_the_clients_patience_is_opened_anew(server:
 def test_an_outage_in_mid_stream_says_that_nothing_is_lost_and_nothing_is(
     server: Server, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr(rows, "BLOCK", 1 << 10)
-    monkeypatch.setattr(rows, "AHEAD", 1)
+    monkeypatch.setattr(hub_rows, "BLOCK", 1 << 10)
+    monkeypatch.setattr(hub_rows, "AHEAD", 1)
     made = corpus()
     stream, found = made.pieces_from(None), list[tuple[Piece, Any]]()
     found += islice(stream, 10)
@@ -151,8 +151,8 @@ def test_an_outage_in_mid_stream_says_that_nothing_is_lost_and_nothing_is(
 
 
 def test_going_on_reads_neither_earlier_files_nor_earlier_row_groups(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BLOCK", 1)
-    monkeypatch.setattr(rows, "BATCH", 1)
+    monkeypatch.setattr(hub_rows, "BLOCK", 1)
+    monkeypatch.setattr(hub_rows, "BATCH", 1)
     made = corpus()
     whole = all_rows(made)
     server.requests.clear()
@@ -172,7 +172,7 @@ def test_going_on_reads_neither_earlier_files_nor_earlier_row_groups(server: Ser
 def test_a_row_group_is_decoded_in_small_batches(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str | None] = [f"{i:08d}" * 50 for i in range(400)]  # one row group of 160,000 bytes
     server.publish("owner/large", write_repository(tmp_path / "r", {"default": {"train": texts}}, files=1, row_group=400))
-    monkeypatch.setattr(rows, "BATCH", 4000)
+    monkeypatch.setattr(hub_rows, "BATCH", 4000)
     made = Hub(dataset="owner/large")
     sizes = [len(batch.values) for batch in made._reader("train")(None)]
     assert sum(sizes) == 400
@@ -180,8 +180,8 @@ def test_a_row_group_is_decoded_in_small_batches(server: Server, tmp_path: Path,
 
 
 def test_closing_a_stream_early_ends_its_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "AHEAD", 1)
-    monkeypatch.setattr(rows, "BATCH", 1)
+    monkeypatch.setattr(hub_rows, "AHEAD", 1)
+    monkeypatch.setattr(hub_rows, "BATCH", 1)
     before = threading.active_count()
     stream = corpus().pieces_from(None)
     next(stream)

@@ -20,7 +20,7 @@ from gptlab.data.prepare import prepare
 from gptlab.data.reader import Piece, read_file, text_files
 from tests.data.test_shard import config_of, ids_of
 
-TEXTS = ["erste Zeile\nzweite", "größer, \"und\" kleiner", "日本語 👩‍👩‍👧", "last " * 50]
+TEXTS = ["erste Zeile\nzweite", 'größer, "und" kleiner', "日本語 👩‍👩‍👧", "last " * 50]
 
 
 def plain(texts: list[str]) -> bytes:
