@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.config import codec
-from gptlab.config.errors import DataError
+from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import build, component_of
 from gptlab.config.schema import DataConfig
-from gptlab.data.corpus import Corpus, home
+from gptlab.data.corpus import Corpus, file_key, home
 from gptlab.data.pipeline import Section, pieces_from, read_section
 from gptlab.data.reader import read_file
 from gptlab.data.shard import write_json_safely
@@ -31,9 +31,14 @@ def learned_tokenizer(
     """
     tokenizer: Tokenizer = build(config.tokenizer)
     sampled = bool(getattr(tokenizer, "learns", False))
+    if not sampled and tokenizer.vocabulary == 0 and any(hasattr(corpus, "held_out_characters") for corpus in sources.values()):
+        raise ConfigError(
+            f"data/tokenizer={tokenizer.name} must have seen all of a text before its first token, and a stream is never all there; "
+            "use data/tokenizer=byte, data/tokenizer=gpt2 or data/tokenizer=bpe"
+        )
     if not sampled and not shared:
         return None
-    file = tokenizer_file(config, sources)
+    file = tokenizer_file(config, sources, {} if sampled else extra)
     if file.is_file():
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -49,8 +54,8 @@ def learned_tokenizer(
     return written
 
 
-def tokenizer_file(config: DataConfig, sources: Mapping[str, Corpus]) -> Path:
-    """Where the learned tokeniser of a config is kept."""
+def tokenizer_file(config: DataConfig, sources: Mapping[str, Corpus], extra: Mapping[str, list[Path]] | None = None) -> Path:
+    """Where the learned tokeniser of a config is kept. `extra`: the held-out sets it has seen too."""
     options = codec.encode(config.tokenizer)
     key = {
         "tokenizer": options,
@@ -58,6 +63,8 @@ def tokenizer_file(config: DataConfig, sources: Mapping[str, Corpus]) -> Path:
         "validation_fraction": config.validation_fraction,
         "outside": component_of(config.tokenizer).source_hash(),
     }
+    if extra:
+        key["validation"] = {name: [file_key(f) for f in files] for name, files in extra.items()}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return home() / "tokenizers" / f"{options['name']}-{digest}.json"
 

@@ -6,6 +6,7 @@ while a process of its own goes on writing.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +58,7 @@ def prepare(config: DataConfig, *, report: Report | None = None, threads: int | 
             found = Prepared(found.folder, found.manifest, found.tokenizer, parts=parts, weights=corpus.weights)
         else:
             found = whole.run(background)
+        _refuse_overlaps(found)
         pin(config, extra)
     except OSError as error:
         raise IOFailure(f"{error.filename or home()} could not be read or written ({error.strerror or error})") from error
@@ -114,8 +116,20 @@ def _with_sets(work: Work, parts: dict[str, Prepared]) -> Prepared:
             splits = {"val": val, **work.entries(progress)}
             write_json(folder / MANIFEST, manifest_of("mix", tokenizer, learned, dtype_of(tokenizer), splits))
             (folder / PROGRESS).unlink(missing_ok=True)
-    whole = open_prepared(folder)
-    for part in parts.values():
-        if whole.extra_sets and not part.streams_on:
-            refuse_overlap(part.stream("train"), {name: whole.stream(name) for name in whole.extra_sets})
-    return whole
+    return open_prepared(folder)
+
+
+def _refuse_overlaps(data: Prepared) -> None:
+    """Raise DataError when a set of data.validation is trained on. What has been looked through is noted, and not read again."""
+    sets = {name: data.stream(name) for name in data.extra_sets}
+    if not sets:
+        return
+    file = data.folder / "checked.json"
+    checked: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for part in data.parts.values() or [data]:
+        if data.parts or part.streams_on:  # a text of its own was looked through when it was written
+            tokens = len(part.stream("train"))
+            if checked.get(part.folder.name, -1) < tokens:
+                refuse_overlap(part.stream("train"), sets)
+                checked[part.folder.name] = tokens
+                write_json(file, checked)

@@ -25,7 +25,7 @@ from gptlab.data.held_out import Files, make_filter
 from gptlab.data.overlap import refuse_overlap
 from gptlab.data.pipeline import Encoder, Section, pieces_from, write_section
 from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, open_prepared, preparer, preparing, read_progress
-from gptlab.data.shard import FORMAT, SplitState, SplitWriter, write_json
+from gptlab.data.shard import FORMAT, SplitState, SplitWriter, TokenStream, write_json
 from gptlab.data.tokenizer import Tokenizer, digest, from_json, to_json
 
 KEPT = 1_000_000  # tokens from which a half-made folder of local text is worth going on with
@@ -204,13 +204,13 @@ class Work:
         filter_ = self._filter({"val": held_out})
         self.write_split("train", Section(self.corpus, 0, border), tokenizer, progress, filter_)
         splits = self.entries(progress)
-        write_json(self.folder / MANIFEST, self._head(tokenizer, {n: splits[n] for n in ("train", "val", *self.extra)}))
-        made = open_prepared(self.folder)
+        streams = {n: TokenStream([(self.folder, splits[n])], dtype_of(tokenizer)) for n in ("train", *self.extra)}
         try:
-            refuse_overlap(made.stream("train"), {name: made.stream(name) for name in self.extra})
+            refuse_overlap(streams.pop("train"), streams)
         except DataError:
             shutil.rmtree(self.folder)
             raise
+        write_json(self.folder / MANIFEST, self._head(tokenizer, {n: splits[n] for n in ("train", "val", *self.extra)}))
         (self.folder / PROGRESS).unlink()
 
     def _make_stream(self, tokenizer: Tokenizer, progress: dict[str, Any], background: bool) -> None:
@@ -232,7 +232,6 @@ class Work:
         made = open_prepared(self.folder, limit=self.limit)
         if len(made.stream("train")) == 0:
             raise DataError(f"data/corpus={corpus.name}: all of it was held out; use a smaller data.corpus.held_out")
-        refuse_overlap(made.stream("train"), {name: made.stream(name) for name in self.extra})
 
     def _head(self, tokenizer: Tokenizer, splits: dict[str, Any]) -> dict[str, Any]:
         written = json.loads((self.folder / TOKENIZER).read_text(encoding="utf-8"))
