@@ -87,6 +87,11 @@ def report(overrides: Sequence[str], *, as_json: bool, documents: int, rows: int
     with PreparationProgress() as progress:
         made = prepare_data(config.data, report=progress.update)
     context, packing, seed = config.model.context_length, config.data.packing, config.seeds.data or config.seed
+    if made.task is not None and as_json:
+        best = made.task.best_loss(context)
+        told = {"hash": made.hash, "tokenizer": made.manifest["tokenizer"], "task": made.task.fingerprint(), "best_loss": best}
+        print(json.dumps(told, indent=1))
+        return
     if made.task is not None:
         _report_task(made, context, seed, rows)
         return

@@ -53,7 +53,7 @@ class ModelConfig:
 
 @dataclass(slots=True, kw_only=True)
 class FilterConfig:
-    """Which documents are left out of the training text."""
+    """Which documents are left out of the training text. One of more than about a million characters is not looked at."""
 
     exact_duplicates: bool = False  # a document whose text, but for white space, was there before
     near_duplicates: float = 0.0  # the share of common 5-word shingles from which a later document goes; 0: off

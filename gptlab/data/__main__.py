@@ -39,7 +39,7 @@ def main() -> int:
     threading.Thread(target=watch, daemon=True).start()
     try:
         load_components()
-        prepare(codec.decode(DataConfig, told["config"], "standard input"))
+        prepare(codec.decode(DataConfig, told["config"], "standard input"), only=told["source"])
     except KeyboardInterrupt:
         return 0
     except GptlabError as error:

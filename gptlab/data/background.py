@@ -20,8 +20,8 @@ FAILED, LOG = "failed.json", "prepare.log"
 class Background:
     """Calling it starts the preparation of a folder unless some process is at it, and raises what stopped the last one."""
 
-    def __init__(self, config: DataConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: DataConfig, folder: Path, source: str = "") -> None:
+        self.config, self.folder, self.source = config, folder, source  # of a mix, which source
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
@@ -42,8 +42,9 @@ class Background:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
         assert self._process.stdin is not None
+        told = {"config": codec.encode(self.config), "folder": str(self.folder), "source": self.source}
         try:
-            self._process.stdin.write(json.dumps({"config": codec.encode(self.config), "folder": str(self.folder)}).encode() + b"\n")
+            self._process.stdin.write(json.dumps(told).encode() + b"\n")
             self._process.stdin.flush()  # and stays open: its end tells the process that we are gone
         except BrokenPipeError:
             pass  # it has failed already, and the next call says why

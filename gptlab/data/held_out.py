@@ -33,7 +33,11 @@ def check_pins(config: DataConfig, files: dict[str, list[Path]]) -> None:
         pin = _pin_file(name, config.validation[name])
         if not pin.is_file():
             continue
-        pinned = json.loads(pin.read_text(encoding="utf-8"))
+        try:
+            pinned = json.loads(pin.read_text(encoding="utf-8"))
+            pinned["files"], pinned["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{pin} cannot be read ({type(error).__name__}: {error}); delete it to pin the set anew") from error
         if pinned["files"] != [file_key(f) for f in found] and pinned["sha256"] != (now := _content_hash(found)):
             raise DataError(
                 f"data.validation.{name}={config.validation[name]} has moved: its sha256 was {pinned['sha256'][:12]}… when it was first "

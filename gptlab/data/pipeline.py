@@ -90,7 +90,8 @@ def read_section(section: Section, place: Place = START) -> Iterator[tuple[Piece
         else:
             low = max(low, start - at)
             high = high if end is None else min(high, end - at)
-            member = low < high or (start <= at and (end is None or at < end)) or (inside and piece.last)
+            here = bool(piece.skipped) and start <= at and (end is None or at < end)  # it has no characters to go by
+            member = low < high or here or (inside and piece.last)
         before = Place(cursor, at, low, inside)
         at, cursor, drop = at + len(piece.text), after, 0
         cut = not section.whole and end is not None and at >= end
@@ -119,6 +120,9 @@ def units(pieces: Iterator[tuple[Piece, Place, Place]], begins: bool = True) -> 
     for piece, before, after in pieces:
         if piece.skipped:
             unit.pieces.append(piece)
+            size += 1  # millions of them in a row are more than one unit
+            if size >= UNIT and not held:
+                yield from emitted(after, True)
             continue
         held += piece.text
         parts.append((before, len(piece.text)))

@@ -31,10 +31,13 @@ from gptlab.data.work import POLL_SECONDS, Progress, Report, Work, dtype_of, key
 __all__ = ["Progress", "Report", "prepare"]
 
 
-def prepare(config: DataConfig, *, report: Report | None = None, threads: int | None = None, background: bool = False) -> Prepared:
+def prepare(
+    config: DataConfig, *, report: Report | None = None, threads: int | None = None, background: bool = False, only: str = ""
+) -> Prepared:
     """The prepared data of a config: found in $GPTLAB_HOME, or made now.
 
     `background`: of a stream make only what training needs to begin; the rest is made by another process while it is used.
+    `only`: of a mix, this source alone.
     Raises ConfigError, DataError or IOFailure. What is finished of a large preparation is kept, and the next call goes on from there.
     """
     corpus: Corpus = build(config.corpus)
@@ -50,10 +53,14 @@ def prepare(config: DataConfig, *, report: Report | None = None, threads: int | 
         learned = learned_tokenizer(config, sources, extra, shared=isinstance(corpus, Mix), report=_reading(tell))
         whole = Work(config, config.corpus, corpus, learned, extra, tell, workers)
         if isinstance(corpus, Mix):
+            watched = extra if config.filter.validation_overlap else {}
             parts = {
-                name: Work(config, corpus.options[name], source, learned, {}, tell, workers, name).run(background)
+                name: Work(config, corpus.options[name], source, learned, {}, tell, workers, name, watched).run(background)
                 for name, source in corpus.sources.items()
+                if only in ("", name)
             }
+            if only:
+                return parts[only]
             found = _with_sets(whole, parts)
             found = Prepared(found.folder, found.manifest, found.tokenizer, parts=parts, weights=corpus.weights)
         else:
@@ -68,6 +75,12 @@ def prepare(config: DataConfig, *, report: Report | None = None, threads: int | 
 def _check(config: DataConfig, corpus: Corpus) -> None:
     if config.packing not in ("concatenate", "best_fit"):
         raise ConfigError(f"data.packing={config.packing} is not one of concatenate, best_fit")
+    if not 0 < config.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={config.validation_fraction} must be above 0 and below 1")
+    if isinstance(corpus, Task) and (config.validation or config.filter != type(config.filter)() or config.packing != "concatenate"):
+        raise ConfigError(
+            f"data/corpus={corpus.name} is generated: data.validation, data.filter and data.packing are for text, and would change nothing"
+        )
     if isinstance(corpus, Mix) and not corpus.sources:
         raise ConfigError("data.corpus.sources is empty; add one with +data/corpus@data.corpus.sources.NAME=text")
     taken = corpus.sources if isinstance(corpus, Mix) else {}
@@ -132,4 +145,5 @@ def _refuse_overlaps(data: Prepared) -> None:
             if checked.get(part.folder.name, -1) < tokens:
                 refuse_overlap(part.stream("train"), sets)
                 checked[part.folder.name] = tokens
-                write_json(file, checked)
+                if os.access(data.folder, os.W_OK):
+                    write_json(file, checked)

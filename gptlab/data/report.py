@@ -60,7 +60,8 @@ def _source(name: str, part: Prepared, whole: Prepared, rows: Rows | None, share
     stream, counts = part.stream("train"), part.split_counts("train")
     starts = stream.document_starts()
     lengths = np.diff([*starts, len(stream)])
-    searched, duplicates = _duplicates(stream, starts)
+    border = 1 if whole.tokenizer.end_of_text is not None else len(whole.tokenizer.encode(whole.tokenizer.separator))
+    searched, duplicates = _duplicates(stream, starts, border)
     sets = {n: whole.stream(n) for n in whole.validation_names if n != "val" or not whole.parts}
     dropped = rows.dropped() if isinstance(rows, Packed) else None
     quantiles = np.quantile(lengths, QUANTILES)
@@ -89,8 +90,8 @@ def _histogram(lengths: Tokens) -> list[tuple[int, int]]:
     return [(1 << int(p), int((power == p).sum())) for p in range(int(power.min()), int(power.max()) + 1)]
 
 
-def _duplicates(stream: TokenStream, starts: Tokens) -> tuple[int, int]:
-    """How many documents were compared, and how many of them are the same tokens as an earlier one, the border left out."""
+def _duplicates(stream: TokenStream, starts: Tokens, border: int) -> tuple[int, int]:
+    """How many documents were compared, and how many of them are the same as an earlier one, less the `border` tokens before it."""
     ends = np.append(starts[1:], len(stream))
     seen: set[bytes] = set()
     found = searched = 0
@@ -98,8 +99,8 @@ def _duplicates(stream: TokenStream, starts: Tokens) -> tuple[int, int]:
         if end > LOOKED_AT:
             break
         tokens = stream.window(start, end - start)
-        if searched:
-            tokens = tokens[1:] if len(tokens) > 1 else tokens
+        if searched:  # the first has no border
+            tokens = tokens[border:]
         searched += 1
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
         found += digest in seen

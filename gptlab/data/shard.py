@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,24 +57,35 @@ class _File:
     and a fault costs more than the call.
     """
 
-    _opened: ClassVar[OrderedDict[_File, int]] = OrderedDict()  # the files that are open, the latest used last
+    _opened: ClassVar[OrderedDict[int, weakref.ref[_File]]] = OrderedDict()  # those that are open, by id, the latest used last
 
     def __init__(self, file: Path, dtype: np.dtype[Any], length: int, sha256: str | None) -> None:
         self.file, self.dtype, self.length = file, dtype, length
         _verify(file, length * dtype.itemsize, sha256)
+        self._descriptor: int | None = None
 
     def descriptor(self) -> int:
-        """The open file, for reading in place."""
-        if self not in self._opened:
-            if len(self._opened) >= OPEN_FILES:
-                os.close(self._opened.popitem(last=False)[1])
-            self._opened[self] = os.open(self.file, os.O_RDONLY)
-        self._opened.move_to_end(self)
-        return self._opened[self]
+        """The open file, for reading in place, until the next call of any file's."""
+        if self._descriptor is None:
+            while len(self._opened) >= OPEN_FILES:
+                oldest = next(iter(self._opened.values()))()
+                assert oldest is not None  # it leaves when it dies
+                oldest.close()
+            self._descriptor = os.open(self.file, os.O_RDONLY)
+            self._opened[id(self)] = weakref.ref(self)
+        self._opened.move_to_end(id(self))
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file until it is read again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            self._opened.pop(id(self), None)
 
     def __del__(self) -> None:
-        if descriptor := self._opened.pop(self, None):
-            os.close(descriptor)
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
 
     def read(self, start: int, length: int) -> npt.NDArray[Any]:
         """`length` numbers from `start`."""

@@ -136,6 +136,7 @@ class Packed:
         self.packings: list[tuple[Packing, Tokens]] = []  # of each stripe: its rows, and where its documents begin
         self.borders = [0]  # in rows
         self._tokens = 0  # of the stripes that are packed
+        self._lost = 0  # of them: the rests of documents that a stripe's border cuts
         self._pack(0)
         if self.borders[-1] < 1:
             raise DataError(
@@ -163,7 +164,7 @@ class Packed:
 
     def dropped(self) -> tuple[int, int]:
         """Tokens that no row holds, and all tokens, of what is packed so far."""
-        return sum(p.dropped for p, _ in self.packings), sum(p.total for p, _ in self.packings)
+        return sum(p.dropped for p, _ in self.packings) + self._lost, self._tokens
 
     def _pack(self, row: int) -> None:
         """Pack stripes until there is such a row, or no more text."""
@@ -179,6 +180,7 @@ class Packed:
             packing = best_fit(np.diff([*starts, end]).astype(np.int64), self.context + 1)
             self.packings.append((packing, starts))
             self.borders.append(self.borders[-1] + packing.rows)
+            self._lost += (int(starts[0]) if len(starts) else end) - self._tokens
             self._tokens = end
 
     def place(self, index: Tokens) -> Tokens:

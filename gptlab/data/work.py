@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gptlab.data.held_out import Files, make_filter
 from gptlab.data.overlap import refuse_overlap
 from gptlab.data.pipeline import Encoder, Section, pieces_from, write_section
 from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, open_prepared, preparer, preparing, read_progress
+from gptlab.data.reader import text_files
 from gptlab.data.shard import FORMAT, SplitState, SplitWriter, TokenStream, write_json
 from gptlab.data.tokenizer import Tokenizer, digest, from_json, to_json
 
@@ -62,6 +63,7 @@ class Work:
     tell: Report
     threads: int
     source: str = ""  # its name in a mix
+    watched: dict[str, list[Path]] = field(default_factory=dict)  # sets of the mix, which a filter keeps out of this part
 
     def __post_init__(self) -> None:
         self.streamed = hasattr(self.corpus, "held_out_characters")
@@ -76,7 +78,9 @@ class Work:
             "validation": {name: [file_key(f) for f in files] for name, files in self.extra.items()},
         }
         if self.config.filter != type(self.config.filter)():
+            files = {n: text_files(p, f"data.filter.benchmarks.{n}") for n, p in self.config.filter.benchmarks.items()} | self.watched
             self.key["filter"] = codec.encode(self.config.filter)
+            self.key["filtered_by"] = {name: [file_key(f) for f in found] for name, found in files.items()}
         self.folder = home() / "data" / f"{self.corpus.name}-{key_of(self.key)}"
 
     def found(self) -> bool:
@@ -94,7 +98,7 @@ class Work:
         ensure: Callable[[], None] = lambda: None  # noqa: E731
         while not self.found():
             if background and self.streamed and (self.folder / MANIFEST).is_file():
-                ensure = Background(self.alone(), self.folder)
+                ensure = Background(self.config, self.folder, self.source)
                 ensure()
                 self._await_first(ensure)
                 break
@@ -105,10 +109,6 @@ class Work:
                 self.tell(Progress(self.source, "waiting", "tokens", 0, None, waiting=preparer(self.folder) or ""))
                 time.sleep(POLL_SECONDS)
         return open_prepared(self.folder, limit=self.limit, ensure=ensure)
-
-    def alone(self) -> DataConfig:
-        """The config of this corpus by itself: what a process of its own is told."""
-        return replace(self.config, corpus=self.options, validation={} if self.source else self.config.validation)
 
     def _await_first(self, ensure: Callable[[], None]) -> None:
         """Wait for the first record of the training text."""
@@ -131,10 +131,11 @@ class Work:
                 self._make_local(tokenizer, progress)
         except BaseException as error:
             written = self._written()
+            told = self._disk(error, written) if isinstance(error, OSError) else ""  # it reads what may go now
             if written < KEPT and not (self.streamed and (self.folder / PROGRESS).exists()):
                 shutil.rmtree(self.folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise IOFailure(self._disk(error, written)) from error
+                raise IOFailure(told) from error
             raise
 
     def _written(self) -> int:
@@ -146,7 +147,8 @@ class Work:
 
     def _disk(self, error: OSError, written: int) -> str:
         said = f"{self.folder} could not be written ({error.strerror or error})"
-        kept = f"; the {written:,} tokens written are kept, and the same command goes on from there" if written >= KEPT else ""
+        kept = f"; the {written:,} tokens written are kept, and the same command goes on from there"
+        kept = kept if written >= KEPT or (self.streamed and written) else ""
         try:
             progress = read_progress(self.folder)
         except DataError:
@@ -211,6 +213,7 @@ class Work:
             shutil.rmtree(self.folder)
             raise
         write_json(self.folder / MANIFEST, self._head(tokenizer, {n: splits[n] for n in ("train", "val", *self.extra)}))
+        (self.folder / "train.filter").unlink(missing_ok=True)
         (self.folder / PROGRESS).unlink()
 
     def _make_stream(self, tokenizer: Tokenizer, progress: dict[str, Any], background: bool) -> None:
@@ -225,7 +228,9 @@ class Work:
             if progress["splits"]["val"]["tokens"] < 2:
                 raise DataError(f"data/corpus={corpus.name}: nothing was held out; is the data set empty, or its column without text?")
             splits = self.entries(progress)
-            write_json(self.folder / MANIFEST, {**self._head(tokenizer, {n: splits[n] for n in ("val", *self.extra)}), "key": self.key})
+            # What the training text is made of stands for its content, which is not there yet; that of the sets is.
+            key = {k: v for k, v in self.key.items() if k != "validation"}
+            write_json(self.folder / MANIFEST, {**self._head(tokenizer, {n: splits[n] for n in ("val", *self.extra)}), "key": key})
         if background:
             return
         self.write_split("train", train, tokenizer, progress, self._filter({"val": held_out}), self.limit)
@@ -241,7 +246,7 @@ class Work:
     def _filter(self, held_out: dict[str, Section]) -> Filter | None:
         if "filter" not in self.key:
             return None
-        return make_filter(self.config, held_out, self.extra)
+        return make_filter(self.config, held_out, self.extra | self.watched)
 
     def entries(self, progress: dict[str, Any]) -> dict[str, Any]:
         """The manifest's entries of the splits that are done."""

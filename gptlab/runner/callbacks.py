@@ -128,13 +128,14 @@ class Samples(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         tokenizer = trainer.data.tokenizer
+        count = self.tokens
         if trainer.data.task is None:
             prompt, shown = tokenizer.encode(self.prompt).tolist(), ""
         else:  # the first half of a row that was not trained on
             row = next(held_out_batches(trainer.data, "val", trainer.config.model.context_length, 1, 1)).inputs[0].tolist()
             prompt = row[: len(row) // 2]
-            shown = tokenizer.decode(prompt) + " > "
-        ids = generate(trainer.model, prompt, max_tokens=self.tokens, temperature=self.temperature, top_k=self.top_k, seed=0)
+            shown, count = tokenizer.decode(prompt) + " > ", len(row) - len(prompt)
+        ids = generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0)
         folder = trainer.run.directory / "samples"
         folder.mkdir(exist_ok=True)
         (folder / f"step-{trainer.state.step:09d}.txt").write_text(shown + tokenizer.decode(list(ids)) + "\n", encoding="utf-8")

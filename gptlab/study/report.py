@@ -19,8 +19,8 @@ HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "parameters", "tokens
 
 
 def headers(comparison: Comparison) -> tuple[str, ...]:
-    """The table's columns; a generated task has one more."""
-    return (*HEADERS, ACCURACY) if any(ACCURACY in row.extra for row in comparison.rows) else HEADERS
+    """The table's columns; of a generated task the last tells the share of right answers."""
+    return (*HEADERS[:-1], ACCURACY) if any(ACCURACY in row.extra for row in comparison.rows) else HEADERS
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.parameters:,}",
         f"{row.tokens_per_second:,.0f}",
     )
-    return (*found, f"{row.extra[ACCURACY]:.1%}") if ACCURACY in row.extra else found
+    return (*found[:-1], f"{row.extra[ACCURACY]:.1%}") if ACCURACY in row.extra else found
 
 
 def difference(interval: Interval | None) -> str:

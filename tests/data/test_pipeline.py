@@ -67,6 +67,8 @@ def random_pieces(draw: random.Random) -> list[Piece]:
         text = "".join(draw.choices(ALPHABET if draw.random() < 0.8 else "x", k=size))
         cuts = sorted({draw.randrange(size) for _ in range(draw.choice([0, 0, 1, 3, 10]))} - {0})
         parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
+        if draw.random() < 0.1:
+            parts.append("")  # as where a separator ends a piece
         found += [Piece(part, place == len(parts) - 1) for place, part in enumerate(parts)]
     if draw.random() < 0.3:
         found.append(Piece("", False, "null"))
@@ -115,7 +117,7 @@ def write(
     remembered = folder / "train.filter"
     if record and encoder.filter is not None:
         encoder.filter.restore(remembered, record["filter"])
-    latest = [json.loads(json.dumps(record or {}))]
+    latest: list[dict[str, Any]] = [json.loads(json.dumps(record or {}))]
     stopping = False
 
     def commit() -> None:
@@ -149,9 +151,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def fitted(name: str, pieces: list[Piece]) -> Tokenizer:
-    made: Tokenizer = CharTokenizer() if name == "char" else ByteTokenizer()
+    made: Any = CharTokenizer() if name == "char" else ByteTokenizer()
     made.fit([*(p.text for p in pieces), "\n"])
-    return made
+    found: Tokenizer = made
+    return found
 
 
 def stream_of(folder: Path, record: dict[str, Any]) -> TokenStream:
@@ -166,7 +169,7 @@ def test_a_section_that_stops_anywhere_goes_on_byte_for_byte(
 ) -> None:
     monkeypatch.setattr(pipeline, "UNIT", UNIT)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    for case in range(12):
+    for case in range(14):
         draw = random.Random(f"{whole} {tokenizer} {filtered} {case}")
         monkeypatch.setattr(shard, "SHARD_TOKENS", draw.choice([3, 7, 64, 10**6]))
         monkeypatch.setattr(pipeline, "COMMIT_SECONDS", draw.choice([-1.0, -1.0, 100.0]))
@@ -222,6 +225,22 @@ def _holds(folder: Path, record: dict[str, Any], tokenizer: Tokenizer, pieces: l
     assert all(s["tokens"] for s in state["shards"]) or not ids
 
 
+def test_a_section_that_begins_at_the_empty_end_of_a_document_does_not_begin_with_it() -> None:
+    corpus = Documents([Piece("abc", False), Piece("", True), Piece("de", True)], cursors=False)
+    assert [p for p, _, _ in pipeline.read_section(Section(corpus, 3))] == [Piece("de", True)]
+    assert [p for p, _, _ in pipeline.read_section(Section(corpus, 0, 3))] == [Piece("abc", True)]
+    assert [p for p, _, _ in pipeline.read_section(Section(corpus, 0, 3, whole=True))] == [Piece("abc", False), Piece("", True)]
+
+
+def test_rows_without_text_fill_a_unit_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "UNIT", UNIT)
+    corpus = Documents([Piece("a", True), *[Piece("", False, "null")] * 1000, Piece("b", True)], cursors=True)
+    units = list(pipeline.units(pipeline.read_section(Section(corpus))))
+    assert max(len(unit.pieces) for unit in units) <= UNIT
+    assert [p for unit in units for p in unit.pieces] == corpus.given
+    assert all(unit.begins for unit in units)
+
+
 def test_two_sections_by_whole_documents_share_none_and_lose_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "UNIT", UNIT)
     for case in range(100):
@@ -231,7 +250,7 @@ def test_two_sections_by_whole_documents_share_none_and_lose_none(tmp_path: Path
         corpus = Documents(pieces, cursors=False)
         found = []
         for section in (Section(corpus, 0, border, True), Section(corpus, border, None, True)):
-            read = [p for p, _, _ in pipeline.read_section(section)]  # type: ignore[arg-type]
+            read = [p for p, _, _ in pipeline.read_section(section)]
             found += [p for p in read if not p.skipped]
         assert found == [p for p in pieces if not p.skipped]
 
@@ -241,7 +260,7 @@ def test_a_limit_is_reached_and_growing_is_the_same_as_all_at_once(tmp_path: Pat
     monkeypatch.setattr(shard, "SHARD_TOKENS", 100)
     draw = random.Random(0)
     pieces = [p for _ in range(10) for p in random_pieces(draw)]
-    section, encoder = Section(Documents(pieces, cursors=True), whole=True), Encoder(ByteTokenizer(), np.dtype("<u2"))
+    section, encoder = Section(Documents(pieces, cursors=True), whole=True), Encoder(fitted("byte", []), np.dtype("<u2"))
     made = {}
     for name, limits in {"grown": (500, 1200), "direct": (1200,)}.items():
         (tmp_path / name).mkdir()
@@ -286,9 +305,10 @@ CASES = [("rows", "char", False), ("rows", "byte", True), ("rows", "bpe", True),
 
 
 def config(file: Path, tokenizer: str, filtered: bool) -> DataConfig:
-    options = {"vocabulary": 300} if tokenizer == "bpe" else {}
+    options: dict[str, Any] = {"vocabulary": 300} if tokenizer == "bpe" else {}
+    chosen: Any = component("data/tokenizer", tokenizer).options(**options)
     made = config_of(file, filter=FilterConfig(exact_duplicates=filtered, near_duplicates=0.8 if filtered else 0.0))
-    made.tokenizer = component("data/tokenizer", tokenizer).options(**options)
+    made.tokenizer = chosen
     return made
 
 
@@ -499,7 +519,7 @@ def test_only_whole_units_are_ever_recorded(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pipeline, "UNIT", UNIT)
     monkeypatch.setattr(pipeline, "COMMIT_SECONDS", -1.0)
     pieces = random_pieces(random.Random(3))
-    section, encoder = Section(Documents(pieces, cursors=True)), Encoder(ByteTokenizer(), np.dtype("<u2"))
+    section, encoder = Section(Documents(pieces, cursors=True)), Encoder(fitted("byte", []), np.dtype("<u2"))
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     expected = write(tmp_path / "a", section, encoder)

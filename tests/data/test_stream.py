@@ -22,7 +22,7 @@ from gptlab import compose, train
 from gptlab.config.errors import ConfigError, DataError, GptlabError, IOFailure, Stopped
 from gptlab.config.registry import component, register
 from gptlab.config.schema import DataConfig
-from gptlab.data import background, pipeline, prepared, rows, shard, sources, work
+from gptlab.data import background, hub_rows, pipeline, prepared, shard, sources, work
 from gptlab.data import hub as hub_module
 from gptlab.data.background import Background
 from gptlab.data.loader import Loader
@@ -53,6 +53,10 @@ class Time:
         import time
         return (lambda seconds: None) if name == "sleep" else getattr(time, name)
 http.time = Time()
+import os, time
+if os.environ.get("SLOW_STREAM"):
+    plain = hub.texts_of
+    hub.texts_of = lambda values: (time.sleep(0.3), plain(values))[1]
 """
 
 
@@ -68,7 +72,7 @@ def server(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serv
     for module, constants in (
         (pipeline, {"UNIT": UNIT, "COMMIT_SECONDS": 0.0}),
         (shard, {"SHARD_TOKENS": 1500}),
-        (rows, {"BLOCK": 1 << 10, "BATCH": 600}),
+        (hub_rows, {"BLOCK": 1 << 10, "BATCH": 600}),
         (work, {"POLL_SECONDS": 0.02}),
         (prepared, {"POLL_SECONDS": 0.02}),
         (hub_module, {"ASK_WAITS": (), "READ_WAITS": ()}),
@@ -82,9 +86,8 @@ def server(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serv
 
 def config(tokens: str = "", *, tokenizer: str = "byte", held_out: str = "1k", **values: Any) -> DataConfig:
     corpus: Any = component("data/corpus", "hub").options
-    return DataConfig(
-        corpus=corpus(dataset=NAME, tokens=tokens, held_out=held_out), tokenizer=component("data/tokenizer", tokenizer).options(), **values
-    )
+    chosen: Any = component("data/tokenizer", tokenizer).options
+    return DataConfig(corpus=corpus(dataset=NAME, tokens=tokens, held_out=held_out), tokenizer=chosen(), **values)
 
 
 def stripes_of(monkeypatch: pytest.MonkeyPatch, first: int, largest: int) -> None:
@@ -105,7 +108,7 @@ def test_exactly_the_tokens_asked_for_are_used_and_more_continue(server: Server,
     again = prepare(config("2k"))
     assert len(server.requests) == requests, "what is prepared needs no network"
     assert again.hash == first
-    reports = []
+    reports: list[Any] = []
     large = prepare(config("5k"), report=reports.append)
     assert large.folder == small.folder
     assert min(p.tokens for p in reports if p.stage == "train") > 2000, "it began anew"
@@ -207,7 +210,7 @@ class Growth:
 def grown(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[Prepared, list[str]]:
     """A prepared stream, and every record of its training text."""
     records: list[str] = []
-    plain = work.write_json
+    plain = shard.write_json
 
     def kept(file: Path, content: Any) -> None:
         plain(file, content)
@@ -216,6 +219,7 @@ def grown(server: Server, monkeypatch: pytest.MonkeyPatch) -> tuple[Prepared, li
 
     monkeypatch.setattr(work, "write_json", kept)
     monkeypatch.setattr(pipeline, "COMMIT_SECONDS", -1.0)
+    monkeypatch.setattr(prepared, "POLL_SECONDS", 0.0)
     made = prepare(config())
     assert len(records) > 30
     return made, records
@@ -306,7 +310,6 @@ def test_the_background_process_starts_stops_and_is_started_anew(server: Server,
     monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / "whole"))
     whole = prepare(config())
     monkeypatch.setenv("GPTLAB_HOME", str(tmp_path / "home"))
-    server.faults.unavailable = 0
     found, ensure = begun(config())
     first = ensure._process
     assert first is not None
@@ -329,13 +332,14 @@ def test_the_background_process_starts_stops_and_is_started_anew(server: Server,
     assert not (found.folder / background.FAILED).exists()
 
 
-def test_a_process_that_is_stopped_records_what_it_wrote(server: Server) -> None:
-    server.faults.drops.extend([])
+def test_a_process_that_is_stopped_records_what_it_wrote(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOW_STREAM", "1")
     found, ensure = begun(config())
     process = ensure._process
     assert process is not None
     found.close()
-    assert process.returncode is not None
+    assert not read_progress(found.folder)["splits"]["train"]["ended"], "it was waited for, and not stopped"
+    assert process.returncode == 0, "it left by itself, and was not killed"
     assert preparer(found.folder) is None
     record = read_progress(found.folder)["splits"]["train"]
     for entry in record["shards"]:
@@ -348,7 +352,7 @@ def test_an_error_in_the_background_reaches_the_caller_with_its_exit_code(tmp_pa
     made_of = Background(config(), tmp_path)
     ended = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
     ended.wait()
-    made_of._process = ended  # type: ignore[assignment]
+    made_of._process = ended
     (tmp_path / background.FAILED).write_text(json.dumps({"code": kind.code, "message": "what was wrong"}))
     with pytest.raises(kind, match="what was wrong") as error:
         made_of()
