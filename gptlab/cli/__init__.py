@@ -195,8 +195,8 @@ def data_prepare(overrides: OverridesArgument = None) -> None:
 @data_app.command("report")
 def data_report(
     overrides: OverridesArgument = None,
-    documents: Annotated[int, typer.Option(help="Documents to show of each source.")] = 3,
-    rows: Annotated[int, typer.Option(help="Training rows to show.")] = 3,
+    documents: Annotated[int, typer.Option(help="Documents to show of each source.", min=0)] = 3,
+    rows: Annotated[int, typer.Option(help="Training rows to show.", min=0)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     """Say what a corpus holds: documents, lengths, duplicates, shares, leaks, rows as training sees them."""

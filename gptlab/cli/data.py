@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from rich.table import Table
 from gptlab.cli import data_tokenizer
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError, Stopped
-from gptlab.config.registry import build, component
+from gptlab.config.registry import build, component, components
 from gptlab.config.schema import Config
 from gptlab.data import report as figures
 from gptlab.data.learn import learned_tokenizer, sample, tokenizer_file
@@ -41,6 +43,7 @@ def _composed(overrides: Sequence[str]) -> Config:
 def prepare(overrides: Sequence[str]) -> None:
     """Prepare the data of a config, all of it, and say what there is now."""
     config = _composed(overrides)
+    signal.signal(signal.SIGTERM, _stop)
     started = time.perf_counter()
     with PreparationProgress(lines=True) as progress:
         try:
@@ -48,8 +51,17 @@ def prepare(overrides: Sequence[str]) -> None:
         except KeyboardInterrupt:
             raise Stopped("stopped; what is written of a large text is kept, and the same command goes on from there") from None
     seconds = time.perf_counter() - started
+    if made.task is not None:
+        say(f"{made.task.name} is generated while it is trained on; there is nothing to prepare")
+        return
+    for part in _parts(made).values():
+        for split in part.splits:
+            part.stream(split)  # what was damaged since is told now, not when it is trained on
     console.print(_splits(made))
     for name, part in _parts(made).items():
+        there = part.split_counts("train")["tokens"]
+        if part.limit is not None and there > part.limit:
+            say(f"{name}: training uses the first {part.limit:,} of these tokens (data.corpus.tokens)")
         for what, title in (("skipped", "rows without text"), ("removed", "documents taken out")):
             counts: Counter[str] = Counter()
             for split in part.splits:
@@ -58,6 +70,10 @@ def prepare(overrides: Sequence[str]) -> None:
                 say(f"{name}: " if made.parts else "", f"{title}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
     speed = f", {progress.bytes / progress.seconds / 1e6:.1f} MB/s while tokenising" if progress.seconds > 1 else ""
     say(f"{made.folder}  ", (f"{seconds:.1f} s{speed}" if progress.worked else "was there already", "dim"))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _parts(made: Prepared) -> dict[str, Prepared]:
@@ -135,7 +151,7 @@ def _print_source(source: figures.SourceFigures, context: int, mixed: bool) -> N
     else:
         _print_lengths(source, context)
     say(
-        f"  duplicates: {source.duplicates:,} of {source.searched:,} documents are word for word an earlier one"
+        f"  duplicates: {source.duplicates:,} of {source.searched:,} documents are token for token an earlier one"
         + ("" if source.searched == source.documents else f" (the first {source.searched:,} were compared)")
     )
     for name, share in source.overlap.items():
@@ -201,6 +217,11 @@ def tokenizer_report(overrides: Sequence[str], *, compare: str, show: str, as_js
         if name and path.suffix == ".json":
             found[path.stem] = data_tokenizer.read(path)
             continue
+        known = [c.name for c in components("data/tokenizer")]
+        if name and name not in known:
+            raise ConfigError(
+                f"--compare {name}: no such tokeniser; there are {', '.join(known)}, and files of `data tokenizer train` (.json)"
+            )
         options: Any = component("data/tokenizer", name).options() if name else config.data.tokenizer
         data = replace(config.data, tokenizer=options)
         with PreparationProgress() as progress:

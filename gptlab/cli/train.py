@@ -86,12 +86,15 @@ def _is_override(argument: str) -> bool:
 def _scratch() -> Iterator[None]:
     """Runs go to a temporary folder, which is deleted at the end; after a failure it is kept, with its log."""
     folder = tempfile.mkdtemp(prefix="gptlab-scratch-")
-    say((f"scratch runs in {folder}, deleted at the end", "dim"))
+    say((f"scratch runs in {folder}, deleted at the end unless one fails", "dim"))
     try:
         with environment("GPTLAB_RUNS", folder):
             yield
     except BaseException:
-        say((f"{folder} is kept", "dim"))
+        if os.listdir(folder):
+            say((f"{folder} is kept", "dim"))
+            raise
+        shutil.rmtree(folder, ignore_errors=True)  # no run was begun
         raise
     shutil.rmtree(folder, ignore_errors=True)
 

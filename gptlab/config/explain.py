@@ -163,6 +163,9 @@ def wrong_key(key: str, owner: str = "") -> str:
             return f"{key} is not an option of {choice}, which has {', '.join(own) or 'none'}; {chosen.slot.path}={_listed(others)} has it"
         has = f", which has {', '.join(own) or 'none'}"
         return f"{key} is not an option of {choice}{_sibling(key, [f'{parent}.{name}' for name in own]) or has}"
+    if key.startswith(("data.corpus.weights.", "data.corpus.sources.")) and key.count(".") == 3:
+        new = "+data.corpus.weights.NAME=3" if ".weights." in key else "+data/corpus@data.corpus.sources.NAME=text"
+        return f"{key} is a new one, which takes a plus: {new}"
     if key.startswith("data.validation.") or key == "data.validation":
         return f"{key} is a new set, which takes a plus: +data.validation.NAME=FILE"
     keys = known_keys()

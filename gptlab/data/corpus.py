@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import register
-from gptlab.data.reader import Piece, read_file, read_text, text_files
+from gptlab.data.reader import ROWS, Piece, kind_of, read_file, read_text, text_files
 
 Cursor = Any  # JSON data that says where in its source a corpus stands; None: at the beginning
 
@@ -66,7 +66,8 @@ class Text:
 
     def __init__(self, *, path: str, column: str = "text", separator: str = "") -> None:
         self.files = text_files(path, "data.corpus.path")
-        self.column, self.separator = column, separator.replace("\\n", "\n").replace("\\t", "\t")
+        self.path, self.column = path, column
+        self.separator = separator.replace("\\r", "\r").replace("\\n", "\n").replace("\\t", "\t")
 
     def fingerprint(self) -> dict[str, Any]:
         return {"files": [file_key(f) for f in self.files], "column": self.column, "separator": self.separator}
@@ -77,10 +78,14 @@ class Text:
 
     def pieces_from(self, cursor: Cursor) -> Iterator[tuple[Piece, Cursor]]:
         first, passed = cursor or (0, 0)  # a file's place, and how many of its pieces are known
+        documents = 0
         for place in range(first, len(self.files)):
             for count, piece in enumerate(read_file(self.files[place], column=self.column, separator=self.separator), 1):
+                documents += piece.last
                 if place > first or count > passed:
                     yield piece, [place, count]
+        if self.separator and cursor is None and documents == len(self.files) and all(kind_of(f) not in ROWS for f in self.files):
+            raise ConfigError(f"data.corpus.separator={self.separator!r} stands nowhere in {self.path}; \\n is a new line")
 
 
 @register("data/corpus", "shakespeare")

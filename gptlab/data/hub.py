@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -132,7 +133,10 @@ class Hub:
                     raise
                 if not waits or not _passing(error):
                     raise told from error
-            if closed.wait(waits.pop(0)):
+                reason = type(error).__name__
+            wait = waits.pop(0)
+            print(f"gptlab: {self.dataset} does not come ({reason}); trying again in {wait:.0f} s", file=sys.stderr, flush=True)
+            if closed.wait(wait):
                 return
 
     def _reader(self, split: str) -> Callable[[Cursor], Iterator[Rows]]:

@@ -73,6 +73,11 @@ class Loader:
         self.source, self.rows, self.documents, context = source, rows, documents, source.context
         self._steps = max(1, min(BLOCK_STEPS, BLOCK_TOKENS // (rows * context)))
         self._block, self._batches = -1, list[Batch]()
+        if source.settled and source.epoch_rows < rows and self.dropped is not None:
+            raise DataError(
+                f"data.packing=best_fit makes {source.epoch_rows:,} rows of {context} tokens, too few for a batch of {rows}: "
+                "each begins with a document of its own; use more documents, a smaller trainer.batch_tokens, or data.packing=concatenate"
+            )
         if source.settled and source.epoch_rows < rows:
             raise DataError(
                 f"the training text has {source.tokens:,} tokens, too few for one batch of {rows} x {context}, "

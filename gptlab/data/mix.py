@@ -34,8 +34,11 @@ class Mix:
             if isinstance(corpus, (Mix, Task)):
                 raise ConfigError(f"data.corpus.sources.{name}={corpus.name} cannot be a part of a mix; only text can")
         given = {name: float(weights.get(name, 1.0)) for name in sources}
-        if any(not 0 <= w < float("inf") for w in given.values()) or (given and sum(given.values()) <= 0):
-            raise ConfigError(f"data.corpus.weights={given} must be at least 0, and not all 0")
+        for name, weight in given.items():
+            if not 0 <= weight < float("inf"):
+                raise ConfigError(f"data.corpus.weights.{name}={weight:g} must be at least 0 and finite")
+        if given and sum(given.values()) <= 0:
+            raise ConfigError("data.corpus.weights: one at least must be above 0")
         total = sum(given.values())
         self.weights = {name: w / total for name, w in given.items()}
 

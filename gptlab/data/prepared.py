@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from gptlab.data.tokenizer import Tokenizer, digest, from_json
 
 MANIFEST, PROGRESS, TOKENIZER = "manifest.json", "progress.json", "tokenizer.json"
 POLL_SECONDS = 0.2  # between two looks at a stream that grows
+TELL_SECONDS = 10.0, 60.0  # of waiting before it is told, and between two such lines
 # A stream is shuffled within stripes, so that training can begin on the first: it is 4 M tokens, then they double up to 128 M.
 FIRST_STRIPE, LARGEST_STRIPE = 1 << 22, 1 << 27
 
@@ -150,11 +152,15 @@ class GrowingStream(TokenStream):
 
     def reach(self, tokens: int) -> int:
         """Wait until so many tokens are there, or the stream is complete; returns how many there are."""
+        told = time.monotonic() + TELL_SECONDS[0]
         while self._length < tokens and not self.complete:
             self._refresh()  # first: what was written before a failure is used before the failure is told
             if self._length < tokens and not self.complete:
                 self.ensure()
                 time.sleep(POLL_SECONDS)
+            if time.monotonic() > told:
+                told = time.monotonic() + TELL_SECONDS[1]
+                print(f"gptlab: waiting for text: {self._length:,} of {tokens:,} tokens are prepared", file=sys.stderr, flush=True)
         return self._length
 
     def _refresh(self) -> None:

@@ -118,7 +118,9 @@ def read_text(file: Path) -> Iterator[Piece]:
         with _opened(file) as raw:
             while chunk := raw.read(PIECE):
                 if at == 0 and b"\0" in chunk[:8192]:
-                    raise DataError(f"{file} is a binary file; gptlab reads UTF-8 text")
+                    raise DataError(
+                        f"{file} is a binary file; gptlab reads UTF-8 text (iconv -f utf-16 -t utf-8 converts Windows' Unicode)"
+                    )
                 text = _decode(decoder, chunk, at, file)
                 text = text.removeprefix("\ufeff") if at == 0 else text
                 at += len(chunk)
@@ -146,10 +148,15 @@ def _decode(decoder: codecs.IncrementalDecoder, chunk: bytes, at: int, file: Pat
 
 
 def _split(pieces: Iterator[Piece], separator: str) -> Iterator[Piece]:
-    """One long text as the documents between its separators. A document with nothing but white space is skipped."""
+    """One long text as the documents between its separators. A document with nothing but white space is skipped.
+
+    Where the separator has a new line, new lines of Windows become plain ones, so that it is found.
+    """
     held, begun = "", False  # begun: a part of this document has gone out
     for piece in pieces:
         held += piece.text
+        if "\n" in separator and "\r" not in separator:
+            held = held.replace("\r\n", "\n")
         *whole, held = held.split(separator)
         if piece.last:
             whole.append(held)

@@ -111,7 +111,7 @@ class Windows:
         epochs, place = (index // rows, index % rows) if self.settled else (np.zeros_like(index), index)
         stripe = np.searchsorted(borders, place, side="right") - 1
         found = np.empty(len(index), np.int64)
-        for epoch, number in {(int(e), int(s)) for e, s in zip(epochs, stripe, strict=True)}:
+        for epoch, number in _pairs(epochs, stripe):
             here = (epochs == epoch) & (stripe == number)
             low = borders[number]
             high = min(borders[number + 1], rows) if number + 1 < len(borders) else rows
@@ -123,6 +123,12 @@ class Windows:
     def fetch(self, place: Tokens, documents: bool) -> Fetched:
         document = self.stream.documents(place, self.context) if documents else None
         return Fetched(self.stream.windows(place, self.context + 1), document)
+
+
+def _pairs(epochs: Tokens, stripes: Tokens) -> list[tuple[int, int]]:
+    """The different pairs of epoch and stripe."""
+    room = int(stripes.max()) + 1
+    return [divmod(int(both), room) for both in np.unique(epochs * room + stripes)]
 
 
 class Packed:
@@ -194,7 +200,7 @@ class Packed:
         epochs, place = (index // rows, index % rows) if complete else (np.zeros_like(index), index)
         stripe = np.searchsorted(self.borders, place, side="right") - 1
         found = np.empty(len(index), np.int64)
-        for epoch, number in {(int(e), int(s)) for e, s in zip(epochs, stripe, strict=True)}:
+        for epoch, number in _pairs(epochs, stripe):
             here = (epochs == epoch) & (stripe == number)
             low, high = self.borders[number], self.borders[number + 1]
             found[here] = permute(place[here] - low, high - low, key(self.seed, epoch, number)) + low

@@ -155,8 +155,13 @@ class Work:
             return said
         total, done = progress.get("total"), sum(s["characters"] for s in progress["splits"].values())
         size = dtype_of(from_json(json.loads((self.folder / TOKENIZER).read_text()), "tokenizer")).itemsize
-        needed = (self.limit - written) * size if self.limit else int(written * size * (total / done - 1)) if total and done else 0
-        return said + (f"; it needs about {max(needed, 0):,} bytes more" if needed > 0 else "") + kept
+        if self.limit:
+            needed = f"about {max(self.limit - written, 0) * size:,}"
+        elif total and done:
+            needed = f"about {int(written * size * max(total / done - 1, 0)):,}"
+        else:
+            needed = f"at most {(total or 0) * size:,}"
+        return said + (f"; it needs {needed} bytes more, which GPTLAB_HOME=FOLDER puts elsewhere" if needed != "at most 0" else "") + kept
 
     def _plan(self) -> tuple[Tokenizer, dict[str, Any]]:
         """The fitted tokeniser, and the record of what is done; on the first call the text is read once where that is needed."""
@@ -236,7 +241,11 @@ class Work:
         self.write_split("train", train, tokenizer, progress, self._filter({"val": held_out}), self.limit)
         made = open_prepared(self.folder, limit=self.limit)
         if len(made.stream("train")) == 0:
-            raise DataError(f"data/corpus={corpus.name}: all of it was held out; use a smaller data.corpus.held_out")
+            held = progress["splits"]["val"]["characters"]
+            raise DataError(
+                f"data.corpus.held_out={corpus.held_out_characters:,} characters are held out for validation, and {corpus.name} "
+                f"has only {held:,}; give a smaller one"
+            )
 
     def _head(self, tokenizer: Tokenizer, splits: dict[str, Any]) -> dict[str, Any]:
         written = json.loads((self.folder / TOKENIZER).read_text(encoding="utf-8"))

@@ -107,6 +107,7 @@ class PreparationProgress:
         stage = f"{told.source} {told.stage}".strip()
         if stage != self._stage:
             self._stage, self._started, self._first, self._before = stage, now, told.bytes, (self.bytes, self.seconds)
+            self._shown = now if self.lines else 0.0  # a log wants no line of what takes seconds
         self.worked = self.worked or bool(told.tokens)
         self.bytes, self.seconds = self._before[0] + told.bytes - self._first, self._before[1] + now - self._started
         if now - self._shown < (LINE_EVERY if self.lines else SHOWN_EVERY):
@@ -143,7 +144,7 @@ class PreparationProgress:
             return f"{told.done:,} characters read"
         seconds = now - self._started
         rate = (told.bytes - self._first) / seconds / 1e6 if seconds > SHOWN_EVERY else 0.0
-        return f"{told.rows:,} documents, {told.tokens:,} tokens" + (f", {rate:.1f} MB/s" if rate else "")
+        return f"{told.rows:,} document{'s' * (told.rows != 1)}, {told.tokens:,} tokens" + (f", {rate:.1f} MB/s" if rate else "")
 
 
 def say(*parts: str | tuple[str, str]) -> None:
