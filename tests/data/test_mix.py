@@ -277,9 +277,11 @@ def test_characters_of_every_source_and_set_are_known(files: dict[str, Path], tm
 def test_what_makes_no_sense_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.corpus\.weights\.aa: there is no such source.*; there are a, b, c"):
         prepare(config(files, weights={"aa": 1}))
-    for weights in ({"a": -1.0}, {"a": math.inf}, {"a": math.nan}, {"a": 0.0, "b": 0.0, "c": 0.0}):
-        with pytest.raises(ConfigError, match=r"data\.corpus\.weights=.* must be at least 0, and not all 0"):
-            prepare(config(files, weights=weights))
+    for weight in (-1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=rf"data\.corpus\.weights\.a={weight:g} must be at least 0 and finite"):
+            prepare(config(files, weights={"a": weight}))
+    with pytest.raises(ConfigError, match=r"data\.corpus\.weights: one at least must be above 0"):
+        prepare(config(files, weights={"a": 0.0, "b": 0.0, "c": 0.0}))
     for name in ("train", "val", "x/y"):
         with pytest.raises(ConfigError, match=f"sources.{name}: choose another name"):
             prepare(config({name: files["a"]}))
