@@ -63,7 +63,7 @@ def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config)
     device = model.embedding.weight.device
     context = config.model.context_length
     rows = max(1, EVALUATION_TOKENS // context)
-    lengths = torch.from_numpy(data.tokenizer.byte_lengths())
+    lengths = torch.from_numpy(data.byte_lengths)
     nats, tokens, size, correct = 0.0, 0, 0, 0
     for batch in held_out_batches(data, name, context, config.data.validation_tokens, rows, documents=model.sees_documents):
         with autocast(device, config.hardware.precision):
