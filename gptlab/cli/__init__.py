@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-runs_app = typer.Typer(help="List, show and delete runs.", no_args_is_help=True)
+runs_app = typer.Typer(help="List, show, check, fetch and delete runs.", no_args_is_help=True)
 bench_app = typer.Typer(help="Time gptlab on this machine.", no_args_is_help=True)
 components_app = typer.Typer(help="List the components; check one of your own.", invoke_without_command=True)
 data_app = typer.Typer(help="Prepare data ahead of training; look at it.", no_args_is_help=True)
@@ -30,6 +30,9 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(components_app, name="components")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A directory, an identity, a unique prefix, or `latest`.")]
+
+CheckpointOption = Annotated[str, typer.Option(help="latest, best, a step or a checkpoint's folder.", metavar="WHICH")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
 def _complete_overrides(context: typer.Context, incomplete: str) -> list[str]:
@@ -88,7 +91,7 @@ def train(
 def compare(
     study: Annotated[str, typer.Argument(help="The study to compare.")],
     baseline: Annotated[str | None, typer.Option(help="The arm the others are compared with; the first, unless named.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A markdown table.")] = False,
     png: Annotated[Path | None, typer.Option(help="Save the loss curves here.", metavar="FILE")] = None,
 ) -> None:
@@ -106,11 +109,12 @@ def sample(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token; 1: as the model believes.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    checkpoint: CheckpointOption = "latest",
 ) -> None:
     """Let a trained run write."""
     from gptlab.runner.load import load
 
-    made = load(run).sample(prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    made = load(run, checkpoint=checkpoint).sample(prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(prompt.lstrip("\n") + made)
 
 
@@ -137,7 +141,7 @@ def components_check(file: Annotated[Path, typer.Argument(help="A Python file th
 @runs_app.command("list")
 def runs_list(study: Annotated[str | None, typer.Argument(help="This study alone.")] = None) -> None:
     """List runs: state, progress, held-out loss."""
-    from gptlab.cli.show import list_runs
+    from gptlab.cli.runs import list_runs
 
     list_runs(study)
 
@@ -145,7 +149,7 @@ def runs_list(study: Annotated[str | None, typer.Argument(help="This study alone
 @runs_app.command("show")
 def runs_show(run: RunArgument) -> None:
     """Show a run: its config, where and how it was made, and its last metrics."""
-    from gptlab.cli.show import show_run
+    from gptlab.cli.runs import show_run
 
     show_run(run)
 
@@ -153,9 +157,44 @@ def runs_show(run: RunArgument) -> None:
 @runs_app.command("rm")
 def runs_rm(run: RunArgument, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
     """Delete a run."""
-    from gptlab.cli.show import remove
+    from gptlab.cli.runs import remove
 
     remove(run, yes=yes)
+
+
+@runs_app.command("verify")
+def runs_verify(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Check every hash of a run's checkpoints, and its other files."""
+    from gptlab.cli.runs import verify
+
+    verify(run, as_json=as_json)
+
+
+@runs_app.command("fetch")
+def runs_fetch(
+    url: Annotated[str, typer.Argument(metavar="URL", help="trainer.mirror; of several runs there, URL/STUDY/FOLDER.")],
+    all_checkpoints: Annotated[bool, typer.Option("--all-checkpoints", help="Every checkpoint; without it the newest alone.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is here already.")] = False,
+) -> None:
+    """Bring a run back from its mirror; its own command resumes it."""
+    from gptlab.cli.runs import fetch
+
+    fetch(url, all_checkpoints=all_checkpoints, force=force)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="The format: safetensors.")] = "safetensors",
+    output: Annotated[Path | None, typer.Option(help="Unless named: the run's folder name, here.", metavar="FILE")] = None,
+    checkpoint: CheckpointOption = "latest",
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+) -> None:
+    """Write a run to one file, its config and tokeniser inside."""
+    from gptlab.cli.runs import export as write
+
+    write(run, to=to, output=output, which=checkpoint, dtype=dtype, force=force)
 
 
 @bench_app.command("train")
@@ -163,7 +202,7 @@ def bench_train(
     against: Annotated[Path | None, typer.Option(help="A nanoGPT checkout to time in turn.", metavar="FOLDER")] = None,
     model: Annotated[str, typer.Option(help="The recipe to time: nano or char for a nanoGPT setting.")] = "nano",
     rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 7,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time our training step, and that of a nanoGPT checkout in the same run."""
     from gptlab.cli.bench import train as bench
@@ -176,12 +215,24 @@ def bench_data(
     text: Annotated[Path | None, typer.Option(help="The text to tokenise; Python's documentation unless named.", metavar="FILE")] = None,
     megabytes: Annotated[int, typer.Option(help="How much of it; a shorter text is repeated.")] = 100,
     rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time preparation beside the bare tokeniser, and the loader over two billion tokens."""
     from gptlab.cli.bench_data import data as bench
 
     bench(text, megabytes=megabytes, rounds=rounds, as_json=as_json)
+
+
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    model: Annotated[str, typer.Option(help="The recipe to time.")] = "gpt2",
+    rounds: Annotated[int, typer.Option(help="Checkpoints to write.", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Time what a checkpoint costs training, a resume a start, and the guards a step."""
+    from gptlab.cli.bench_checkpoint import checkpoint as bench
+
+    bench(model, rounds=rounds, as_json=as_json)
 
 
 @data_app.command("prepare")
@@ -197,7 +248,7 @@ def data_report(
     overrides: OverridesArgument = None,
     documents: Annotated[int, typer.Option(help="Documents to show of each source.", min=0)] = 3,
     rows: Annotated[int, typer.Option(help="Training rows to show.", min=0)] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a corpus holds: documents, lengths, duplicates, shares, leaks, rows as training sees them."""
     from gptlab.cli.data import report
@@ -205,11 +256,26 @@ def data_report(
     report(overrides or [], as_json=as_json, documents=documents, rows=rows)
 
 
+@data_app.command("show")
+def data_show(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option(help="A step of the run, from 1.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Or a batch, from 0: one that was passed over.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Its first rows alone; without it all.", min=1)] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with their ids.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the very documents that a step of a run is trained on."""
+    from gptlab.cli.data_show import show
+
+    show(run, step=step, batch=batch, rows=rows, tokens=tokens, as_json=as_json)
+
+
 @tokenizer_app.command("train")
 def tokenizer_train(
     overrides: OverridesArgument = None,
     out: Annotated[Path | None, typer.Option(help="Write it to this file; unless named, where data look for it.", metavar="FILE")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train data/tokenizer=bpe on a corpus."""
     from gptlab.cli.data import tokenizer_train as run
@@ -222,7 +288,7 @@ def tokenizer_report(
     overrides: OverridesArgument = None,
     compare: Annotated[str, typer.Option(help="Others to compare: gpt2,cl100k,byte or files of `tokenizer train`.")] = "",
     show: Annotated[str, typer.Option(help="A text to show in tokens.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a tokeniser on a corpus, beside others."""
     from gptlab.cli.data import tokenizer_report as run
@@ -237,8 +303,9 @@ def main() -> None:
     except GptlabError as error:
         if os.environ.get("GPTLAB_DEBUG"):
             raise
-        if str(error):
-            print(f"gptlab: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+        if str(error) and (rank == "0" or not error.everywhere):
+            print(f"gptlab: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:
         print("gptlab: interrupted", file=sys.stderr)

@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 from rich import box
+from rich.padding import Padding
 from rich.table import Table
 
 from gptlab.cli import data_tokenizer
@@ -27,9 +29,8 @@ from gptlab.data.mix import Mix
 from gptlab.data.pipeline import pieces_from
 from gptlab.data.prepare import prepare as prepare_data
 from gptlab.data.prepared import Prepared
-from gptlab.data.sources import training_rows
 from gptlab.data.tokenizer import Tokenizer, from_json
-from gptlab.data.tokenizer_report import SAMPLE_BYTES
+from gptlab.data.tokenizer_report import SAMPLE_BYTES, tokens_of
 from gptlab.tracker.console import PreparationProgress, console, say
 
 BAR = 24  # characters of the longest bar of a histogram
@@ -127,7 +128,8 @@ def report(overrides: Sequence[str], *, as_json: bool, documents: int, rows: int
     if rows:
         said = f"  packing={packing}; ⏎ marks where a document begins"
         say((f"\nthe first {rows} training rows of {context} tokens", "bold"), (said, "dim"))
-        _print_rows(figures.rows(made, context, packing, seed, rows))
+        found_rows = figures.rows(made, context, packing, seed, rows)
+        print_rows(found_rows, made.tokenizer, most=SHOWN, named=len({row.source for row in found_rows}) > 1)
 
 
 def _report_task(made: Prepared, context: int, seed: int, rows: int) -> None:
@@ -135,13 +137,10 @@ def _report_task(made: Prepared, context: int, seed: int, rows: int) -> None:
     assert task is not None
     say((task.name, "bold"), f"  generated; {len(task.alphabet)} symbols: {task.alphabet}")
     say(f"the best possible loss at context {context}: {task.best_loss(context):.4f} nats per scored token")
-    source = training_rows(made, context, "concatenate", seed)
-    fetched = source.fetch(source.place(np.arange(max(rows, 1))), False)
-    assert fetched.scored is not None
-    say(f"scored: {fetched.scored.mean():.1%} of the tokens, the answers (^)")
-    for tokens, scored in zip(fetched.tokens, fetched.scored, strict=True):
-        say("  " + "".join(task.alphabet[t] for t in tokens.tolist()))
-        say(("   " + "".join("^" if s else " " for s in scored.tolist()), "dim"))
+    found = figures.rows(made, context, "concatenate", seed, max(rows, 1))
+    say(f"scored: {np.mean([row.scored for row in found]):.1%} of the tokens, the answers (^)")
+    for row in found:
+        print_scored(row, made.tokenizer)
 
 
 def _print_source(source: figures.SourceFigures, context: int, mixed: bool) -> None:
@@ -177,17 +176,45 @@ def _print_lengths(source: figures.SourceFigures, context: int) -> None:
         say(f"  up to {up_to:>9,}  {count:>11,}  ", ("█" * max(1 if count else 0, round(BAR * count / most)), "cyan"))
 
 
-def _print_rows(rows: Sequence[figures.Row]) -> None:
-    several = len({r.source for r in rows}) > 1
-    for number, row in enumerate(rows, 1):
-        said = f"  {len(row.parts)} document{'s' * (len(row.parts) > 1)}"
-        say((f"{number}" + (f" {row.source}" if several else ""), "cyan"), (said, "dim"))
-        parts: list[str | tuple[str, str]] = []
-        for place, part in enumerate(row.parts):
-            shown = part if len(part) <= SHOWN else f"{part[: SHOWN // 2]} […] {part[-SHOWN // 2 :]}"
-            parts += [("⏎", "bold yellow"), shown] if place else [shown]
-        say(*parts)
+def print_rows(
+    rows: Sequence[figures.Row], tokenizer: Tokenizer, *, start: int = 1, most: int | None = None, named: bool = False, tokens: bool = False
+) -> None:
+    """Rows with ⏎ before each further document, numbered from `start`; of a task with what is scored.
+
+    `most`: characters of a document that are shown; None: all. `named`: with the source. `tokens`: token by token, with their ids.
+    """
+    for number, row in enumerate(rows, start):
+        said = "" if row.scored is not None else f"  {len(row.parts)} document{'s' * (len(row.parts) > 1)}"
+        say((f"{number}" + (f" {row.source}" if named else ""), "cyan"), (said, "dim"))
+        if row.scored is not None:
+            print_scored(row, tokenizer)
+        elif not tokens:
+            parts: list[str | tuple[str, str]] = []
+            for place, part in enumerate(row.parts):
+                shown = part if most is None or len(part) <= most else f"{part[: most // 2]} […] {part[-most // 2 :]}"
+                parts += [("⏎", "bold yellow"), shown] if place else [shown]
+            say(*parts)
+        if tokens:
+            _print_tokens(row, tokenizer)
         say()
+
+
+def print_scored(row: figures.Row, tokenizer: Tokenizer) -> None:
+    """A row of a task, and under it a ^ for each scored token."""
+    assert row.scored is not None
+    say("  " + tokenizer.decode(row.tokens))
+    say(("   " + "".join("^" if scored else " " for scored in row.scored), "dim"))
+
+
+def _print_tokens(row: figures.Row, tokenizer: Tokenizer) -> None:
+    borders = [0, *row.cuts, len(row.tokens)]
+    for begin, end in pairwise(borders):
+        ids = row.tokens[begin:end]
+        if begin:
+            say(("⏎", "bold yellow"))
+        shown = data_tokenizer.coloured(tokens_of(tokenizer, ids), colour=console.color_system is not None and not console.no_color)
+        console.print(Padding(shown, (0, 0, 0, 2), expand=False), soft_wrap=False)
+        console.print(Padding(" ".join(map(str, ids)), (0, 0, 0, 2), expand=False), style="dim", soft_wrap=False)
 
 
 def tokenizer_train(overrides: Sequence[str], *, out: Path | None, as_json: bool) -> None:

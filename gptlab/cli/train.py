@@ -27,7 +27,9 @@ from gptlab.config.explain import check_overrides, explain
 from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
+from gptlab.hardware.world import World, launched, leave
 from gptlab.runner.run import PICTURE, runs_root
+from gptlab.runner.stop import Requeued
 from gptlab.runner.train import train as train_run
 from gptlab.tracker.console import complain, console, say
 
@@ -57,8 +59,9 @@ def train(arguments: Sequence[str]) -> int:
         stopped = [r for r in results if r["state"] == "stopped"]
         if stopped:
             raise Stopped(stopped[0]["message"])
-        if results and results[0]["sweep"]:
+        if results and results[0]["sweep"] and (launched() or World()).first:
             _after_sweep(results)
+        leave()
         for result in results:
             if result["code"]:  # of a sweep they have been told, and its code is 1
                 raise ExitWith("", 1) if result["sweep"] else ExitWith(result["message"], result["code"])
@@ -169,10 +172,19 @@ def task(composed: DictConfig) -> None:
     except GptlabError as error:
         stopped = isinstance(error, Stopped)
         _note(state | {"state": "stopped" if stopped else "failed", "code": error.code, "message": str(error)})
-        if stopped:
-            raise _Leave from error
-        if sweep:
+        if stopped and str(job.launcher.get("_target_", "")).endswith("BasicLauncher"):
+            raise _Leave from error  # elsewhere the job ends, and the others with it as they get the signal themselves
+        if sweep and not stopped:
             say(("✗", "red"), f" {title}  {error}")
+        return
+    except Requeued:
+        raise  # the job has not ended
+    except (Exception, SystemExit) as error:  # something outside a run, which has a log of its own
+        if not sweep:
+            raise
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        _note(state | {"state": "failed", "code": 1, "message": message})
+        say(("✗", "red"), f" {title}  {message}")
         return
     _note(state | {"state": outcome.state, "code": outcome.code, "message": outcome.message})
 

@@ -29,7 +29,9 @@ from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
 _NAMELESS = ("experiment", "study", "name", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
-             "trainer.log_every", "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
+             "hardware/strategy", "hardware.strategy", "trainer.log_every", "trainer.on_nonfinite", "trainer.max_passed",
+             "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.mirror",
+             "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
 
 
 def prepare() -> None:

@@ -7,12 +7,14 @@ class GptlabError(Exception):
     """A failure with a sentence for the user. Exit code 1 unless a subclass says otherwise."""
 
     code: int = 1
+    everywhere: bool = False  # of several ranks each comes to it, and the first tells it
 
 
 class ConfigError(GptlabError):
     """A setting, option or argument is wrong."""
 
     code = 2
+    everywhere = True
 
 
 class DataError(GptlabError):
@@ -25,6 +27,7 @@ class DivergedError(GptlabError):
     """The loss or the gradient is no longer finite."""
 
     code = 4
+    everywhere = True
 
 
 class CheckpointError(GptlabError):
@@ -43,3 +46,8 @@ class Stopped(GptlabError):
     """A signal ended the run after it had saved a checkpoint."""
 
     code = 75
+    everywhere = True
+
+
+class OutOfMemory(GptlabError):
+    """The device's, or this process's, memory is used up."""

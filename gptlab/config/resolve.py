@@ -11,7 +11,9 @@ from gptlab.config.registry import component_of
 from gptlab.config.schema import Config, HardwareConfig, ModelConfig
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+_DURATION = re.compile(r"^\s*(?:([0-9]*\.?[0-9]+)\s*h)?\s*(?:([0-9]*\.?[0-9]+)\s*min)?\s*(?:([0-9]*\.?[0-9]+)\s*s)?\s*$")
 _BUDGET = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBGT]?)\s*(steps?|tokens?|epochs?|min|flops|x)\s*$")
+ON_NONFINITE = ("stop", "skip", "rollback")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # Below this width a model's CPU step is dominated by overhead, and bf16's conversions cost what its products gain (measured:
 # width 128 no faster, width 384 1.7 times).
@@ -27,6 +29,7 @@ class Machine:
     devices: tuple[str, ...]  # types present, best first: ("cuda", "cpu")
     cpu_bf16: bool = False  # bf16 matrix instructions
     gpu_bf16: bool = False
+    ranks: int = 1  # processes that share each batch
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,18 @@ def parse_budget(text: str) -> Budget:
     return Budget(amount, unit)
 
 
+def parse_duration(text: str) -> float:
+    """Seconds of `11h30min`, `90min`, `45s`; infinity for an empty text. Raises ConfigError."""
+    if not text:
+        return math.inf
+    match = _DURATION.match(text)
+    hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
+    found = 3600 * hours + 60 * minutes + seconds
+    if not 0 < found < math.inf:
+        raise ConfigError(f"trainer.time_limit={text} is no duration: 11h30min, 90min or 45s")
+    return found
+
+
 def resolve(config: Config, machine: Machine) -> Config:
     """The complete, final config. Raises ConfigError for what this machine cannot do and for values out of range."""
     _check(config)
@@ -77,13 +92,20 @@ def resolve(config: Config, machine: Machine) -> Config:
             f"trainer.batch_tokens={batch} is not a multiple of model.context_length={context}; "
             f"try {max(1, round(batch / context)) * context}"
         )
+    rows, rest = divmod(batch // context, machine.ranks)
+    if rest or not rows:
+        raise ConfigError(
+            f"trainer.batch_tokens={batch} makes {batch // context} sequences of {context} tokens, which {machine.ranks} ranks "
+            f"cannot share evenly; try {max(1, round(batch / context / machine.ranks)) * machine.ranks * context}"
+        )
     micro = hardware.micro_batch
     if micro == "auto":
         limit = CPU_MICRO_TOKENS if hardware.device == "cpu" else GPU_MICRO_TOKENS
-        micro = _largest_divisor(batch // context, max(1, limit // context))
+        micro = _largest_divisor(rows, max(1, limit // context))
     micro = _whole("hardware.micro_batch", micro)
-    if (batch // context) % micro:
-        raise ConfigError(f"hardware.micro_batch={micro} does not divide the {batch // context} sequences of a batch")
+    if rows % micro:
+        whose = "a batch" if machine.ranks == 1 else f"each of the {machine.ranks} ranks"
+        raise ConfigError(f"hardware.micro_batch={micro} does not divide the {rows} sequences of {whose}")
     seeds = replace(
         config.seeds,
         **{n: config.seed for n in ("init", "data", "dropout") if getattr(config.seeds, n) is None},
@@ -100,7 +122,14 @@ def resolve(config: Config, machine: Machine) -> Config:
 
 
 def _check(config: Config) -> None:
-    parse_budget(config.trainer.budget)
+    trainer = config.trainer
+    parse_budget(trainer.budget)
+    parse_duration(trainer.time_limit)
+    if trainer.on_nonfinite not in ON_NONFINITE:
+        raise ConfigError(f"trainer.on_nonfinite={trainer.on_nonfinite} is not one of {', '.join(ON_NONFINITE)}")
+    for key, least in (("max_passed", 0), ("log_spikes", 0), ("skip_spikes", 0)):
+        if not getattr(trainer, key) >= least:
+            raise ConfigError(f"trainer.{key}={getattr(trainer, key)} must be at least {least}")
     model = config.model
     for name in ("width", "heads", "context_length", "pad_vocab_to"):
         if getattr(model, name) < 1:
@@ -142,6 +171,8 @@ def _resolve_hardware(hardware: HardwareConfig, model: ModelConfig, machine: Mac
             precision = "bf16" if machine.cpu_bf16 and model.width >= BF16_WIDTH_ON_CPU else "fp32"
         else:
             precision = "bf16" if kind == "cuda" and machine.gpu_bf16 else "fp32"
+    if precision == "fp16" and component_of(hardware.strategy).name == "fsdp":
+        raise ConfigError("hardware.precision=fp16 scales the loss by whole gradients; with hardware/strategy=fsdp use bf16 or fp32")
     if precision == "fp16" and kind == "cpu":
         raise ConfigError("hardware.precision=fp16 needs a GPU; on the CPU use bf16 or fp32")
     return replace(hardware, device=device, precision=precision)

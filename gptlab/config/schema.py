@@ -95,6 +95,13 @@ class TrainerConfig:
     batch_tokens: int | str = "auto"  # tokens of one update
     gradient_clip: float = 1.0  # largest gradient norm; 0: off
     log_every: int = 10  # steps between lines of metrics.jsonl
+    on_nonfinite: str = "stop"  # a loss or gradient that is not finite: stop, skip, or rollback (to the last checkpoint)
+    max_passed: int = 10  # batches a run may pass over before it stops after all
+    log_spikes: float = 6.0  # a loss this many standard deviations above the recent ones is told; 0: off
+    skip_spikes: float = 0.0  # and one this many above is passed over; 0: off
+    time_limit: str = ""  # of a session: 11h30min; then a checkpoint, and exit 75
+    resume: str = "latest"  # from which of its checkpoints a run goes on: latest, a step, or its folder
+    mirror: str = ""  # an fsspec address that finished checkpoints and metrics are copied to: a folder, s3://…, gs://…, hf://…
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +145,12 @@ NOT_IDENTITY: tuple[str, ...] = (
     "data.filter",
     "tracker",
     "trainer.log_every",
+    "trainer.on_nonfinite",  # a run that diverged can go on with another choice; what was passed over is in passed.jsonl
+    "trainer.max_passed",
+    "trainer.log_spikes",
+    "trainer.time_limit",
+    "trainer.resume",
+    "trainer.mirror",
     "study",
     "name",
     "seed",  # resolved into seeds

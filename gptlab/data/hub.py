@@ -83,6 +83,14 @@ class Hub:
                 self._commit = _write_pin(self._pin_file, self.dataset, self.revision, self._ask())
         return self._commit
 
+    def pin(self, commit: str) -> str:
+        """Pin this data set to a commit, unless a commit is named or pinned already; the one that holds. Raises DataError for no commit."""
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise DataError(f"{commit!r} is no commit of {self.dataset}")
+        if self.revision != commit and not self._pin_file.is_file():
+            _write_pin(self._pin_file, self.dataset, self.revision, commit)
+        return self.commit()
+
     @property
     def _pin_file(self) -> Path:
         at = "" if self.revision == "main" else "@" + re.sub(r"[^\w.-]+", "-", self.revision)

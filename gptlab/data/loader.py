@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptlab.config.errors import DataError
-from gptlab.data.prepared import Prepared
+from gptlab.data.prepared import GrowingStream, Prepared
 from gptlab.data.shard import TokenStream
 from gptlab.data.sources import Fetched, Generated, Mixed, Packed, Rows
 
@@ -28,6 +28,11 @@ class Batch:
     targets: Int[Tensor, "b t"]
     weight: Float[Tensor, "b t"] | None = None
     document: Int[Tensor, "b t"] | None = None
+
+    @property
+    def token_weight(self) -> float:
+        """How much its targets count together."""
+        return float(self.targets.numel() if self.weight is None else self.weight.sum())
 
     @property
     def tokens(self) -> int:
@@ -64,14 +69,15 @@ def _batch(rows: Fetched) -> Batch:
 
 
 class Loader:
-    """Training batches of `rows` rows each. `documents`: each token's document is told.
+    """Training batches of `rows` rows each, or the equal part of them that `rank` of `ranks` trains on.
 
-    Raises DataError when the text is shorter than one batch.
+    `documents`: each token's document is told. Raises DataError when the text is shorter than one batch.
     """
 
-    def __init__(self, source: Rows, rows: int, *, documents: bool = False) -> None:
+    def __init__(self, source: Rows, rows: int, *, documents: bool = False, rank: int = 0, ranks: int = 1) -> None:
         self.source, self.rows, self.documents, context = source, rows, documents, source.context
-        self._steps = max(1, min(BLOCK_STEPS, BLOCK_TOKENS // (rows * context)))
+        self.own = range(rank * rows // ranks, (rank + 1) * rows // ranks)  # of a batch's rows
+        self._steps = max(1, min(BLOCK_STEPS, BLOCK_TOKENS // (len(self.own) * context)))
         self._block, self._batches = -1, list[Batch]()
         if source.settled and source.epoch_rows < rows and self.dropped is not None:
             raise DataError(
@@ -90,6 +96,12 @@ class Loader:
         return not self.source.known_length
 
     @property
+    def streams(self) -> bool:
+        """Whether a batch may have to wait for text that is still being prepared."""
+        parts = self.source.parts if isinstance(self.source, Mixed) else [self.source]
+        return any(isinstance(getattr(p, "stream", None), GrowingStream) for p in parts)
+
+    @property
     def dropped(self) -> float | None:
         """The share of the text (so far packed) that no row holds; None where packing leaves nothing out."""
         parts = self.source.parts if isinstance(self.source, Mixed) else [self.source]
@@ -101,18 +113,22 @@ class Loader:
         """Tokens of one pass over the text."""
         return self.source.epoch_rows * self.source.context
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, from 0."""
-        if self._block < 0 and not self.source.settled:  # later steps may have to wait for text
-            return self._fetch(step, 1)[0]
-        block, place = divmod(step, self._steps)
+    def batch(self, number: int) -> Batch:
+        """The own rows of a batch; they are counted from 0."""
+        if self._block < 0 and not self.source.settled:  # later ones may have to wait for text
+            return self._fetch(number, 1, self.own)[0]
+        block, place = divmod(number, self._steps)
         if block != self._block:
-            self._block, self._batches = block, self._fetch(block * self._steps, self._steps)
+            self._block, self._batches = block, self._fetch(block * self._steps, self._steps, self.own)
         return self._batches[place]
 
-    def _fetch(self, step: int, steps: int) -> list[Batch]:
-        index = np.arange(step * self.rows, (step + steps) * self.rows, dtype=np.int64)
-        return _batch(self.source.fetch(self.source.place(index), self.documents)).split(self.rows)
+    def whole(self, number: int) -> Batch:
+        """All rows of a batch, those of other ranks too."""
+        return self._fetch(number, 1, range(self.rows))[0]
+
+    def _fetch(self, number: int, count: int, own: range) -> list[Batch]:
+        index = np.arange(number, number + count, dtype=np.int64)[:, None] * self.rows + np.asarray(own, dtype=np.int64)
+        return _batch(self.source.fetch(self.source.place(index.ravel()), self.documents)).split(len(own))
 
     def drawn(self, steps: int) -> dict[str, tuple[float, float]]:
         """Of a mix: each source's share of the first steps' tokens, and how often its text was passed through."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -41,10 +40,14 @@ class SourceFigures:
 
 @dataclass(frozen=True)
 class Row:
-    """A training row as text: its documents' parts, in order."""
+    """A training row, and as text its documents' parts, in order."""
 
+    number: int  # from 0, among all rows that training may see
     source: str
-    parts: list[str]
+    parts: list[str]  # of its inputs
+    cuts: list[int]  # where each document but the first begins, in tokens
+    tokens: list[int]  # its inputs and the last target
+    scored: list[bool] | None  # which targets count; None: all
 
 
 def describe(prepared: Prepared, context: int, packing: str, seed: int) -> list[SourceFigures]:
@@ -122,16 +125,17 @@ def documents(prepared: Prepared, count: int, seed: int) -> Iterator[tuple[str, 
             yield name, number, prepared.tokenizer.decode(tokens)
 
 
-def rows(prepared: Prepared, context: int, packing: str, seed: int, count: int) -> list[Row]:
-    """The first rows that training sees, decoded, each cut where a document begins."""
+def rows(prepared: Prepared, context: int, packing: str, seed: int, count: int, first: int = 0) -> list[Row]:
+    """`count` rows that training sees, from row `first` (from 0) on, decoded, each cut where a document begins."""
     source = training_rows(prepared, context, packing, seed)
-    place = source.place(np.arange(count, dtype=np.int64))
+    place = source.place(np.arange(first, first + count, dtype=np.int64))
     fetched = source.fetch(place, True)
     assert fetched.document is not None
-    names: Any = source.names if isinstance(source, Mixed) else [prepared.manifest["corpus"]]
     found = []
-    for i, (tokens, document) in enumerate(zip(fetched.tokens[:, :-1], fetched.document, strict=True)):
+    for i, (tokens, document) in enumerate(zip(fetched.tokens, fetched.document, strict=True)):
         cuts = np.flatnonzero(np.diff(document)) + 1
-        parts = [prepared.tokenizer.decode(p.tolist()) for p in np.split(tokens, cuts)]
-        found.append(Row(names[int(place[i, 0])] if isinstance(source, Mixed) else names[0], parts))
+        parts = [prepared.tokenizer.decode(p.tolist()) for p in np.split(tokens[:-1], cuts)]
+        name = source.names[int(place[i, 0])] if isinstance(source, Mixed) else prepared.manifest["corpus"]
+        scored = None if fetched.scored is None else fetched.scored[i].tolist()
+        found.append(Row(first + i, name, parts, cuts.tolist(), tokens.tolist(), scored))
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import Machine
 from gptlab.config.schema import HardwareConfig
+from gptlab.hardware.world import World, launched
 
 # Dense bf16 peak, FLOP/s, by a word of the device's name; from the vendors' data sheets. FP8 is never mixed in.
 PEAK_FLOPS = {
@@ -34,7 +37,8 @@ def machine() -> Machine:
         gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.mps.is_available():
         devices.append("mps")
-    return Machine(devices=(*devices, "cpu"), cpu_bf16=_cpu_bf16(), gpu_bf16=gpu_bf16)
+    ranks = (launched() or World()).size
+    return Machine(devices=(*devices, "cpu"), cpu_bf16=_cpu_bf16(), gpu_bf16=gpu_bf16, ranks=ranks)
 
 
 def _cpu_bf16() -> bool:
@@ -59,6 +63,9 @@ def set_up(config: HardwareConfig) -> torch.device:
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
+        world = launched() or World()
+        if ":" not in config.device and world.size > 1:
+            device = torch.device("cuda", world.local_rank)
         if (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"hardware.device={config.device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
@@ -67,6 +74,20 @@ def set_up(config: HardwareConfig) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(config.deterministic)
     return device
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """What `set_up` changes in here is as before afterwards, and the memory of what ended is free, for a sweep's next job."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        gc.collect()  # a trainer and what it holds refer to one another
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
 
 
 def _keep_freed_memory() -> None:
@@ -80,6 +101,13 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device's, or this process's, memory is used up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class of its own for the CPU
 
 
 def synchronise(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor  # sharded parameters, for which torch has no fused step
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
@@ -29,5 +30,5 @@ def sgd(
         lr=learning_rate,
         momentum=momentum,
         nesterov=nesterov and momentum > 0,
-        fused=device.type in ("cpu", "cuda", "mps"),
+        fused=device.type in ("cpu", "cuda", "mps") and not any(isinstance(p, DTensor) for g in groups for p in g["params"]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,24 +51,42 @@ class Evaluation(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         self._measured = trainer.state.step
-        trainer.record(measure(trainer.model, trainer.data, trainer.config))
+        trainer.record(measure(trainer.model, trainer.data, trainer.config, trainer.world))
 
 
 @register("callback", "checkpoint")
 class Checkpoint(Callback):
-    """A checkpoint every `minutes`, `every` so many steps (0: by time alone), and at the end; the last `keep` stay."""
+    """A checkpoint every `minutes`, `every` so many steps (0: by time alone), at each lowest held-out loss so far, and at the end.
 
-    def __init__(self, *, minutes: float = 5.0, every: int = 0, keep: int = 2) -> None:
+    The last `keep` stay, the `best`, and for good every `keep_every`-th step. They are written in the `background` from a copy.
+    """
+
+    def __init__(
+        self, *, minutes: float = 5.0, every: int = 0, keep: int = 2, keep_every: int = 0, best: bool = True, background: bool = True
+    ) -> None:
         self.minutes, self.every, self.keep = minutes, _cadence("callbacks.checkpoint.every", every), keep
+        self.keep_every, self.best, self.background = _cadence("callbacks.checkpoint.keep_every", keep_every), best, background
         if keep < 1 or minutes <= 0:
             raise ConfigError(f"callbacks.checkpoint: keep={keep} must be at least 1 and minutes={minutes} positive")
 
     def on_start(self, trainer: Trainer) -> None:
-        self._last = time.monotonic()
+        self._last = trainer.clock
+        folder, writer = trainer.run.checkpoints, trainer.writer
+        writer.background = self.background
+        self._lowest = trainer.world.share(lambda: checkpoint.lowest_loss(folder)) if self.best else -math.inf
+
+        def clean(made: Path) -> None:
+            checkpoint.clean(folder, checkpoint.step_of(made), keep=self.keep, keep_every=self.keep_every, best=self.best)
+
+        writer.after.insert(0, clean)  # before a mirror looks at what there is
 
     def on_step(self, trainer: Trainer) -> None:
-        due = self.every and trainer.state.step % self.every == 0
-        if due or time.monotonic() - self._last > 60 * self.minutes:
+        step, loss = trainer.measured_on_held_out
+        best = step == trainer.state.step and loss < self._lowest
+        if best:
+            self._lowest = loss
+        due = any(every and trainer.state.step % every == 0 for every in (self.every, self.keep_every))
+        if not trainer.finished and (best or due or trainer.clock - self._last > 60 * self.minutes):
             self._save(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -75,8 +94,7 @@ class Checkpoint(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint()
-        checkpoint.keep_last(trainer.run.checkpoints, self.keep)
-        self._last = time.monotonic()
+        self._last = trainer.clock
 
 
 @register("callback", "throughput")
@@ -96,7 +114,7 @@ class Throughput(Callback):
             return
         metrics["train/tokens_per_second"] = tokens / seconds
         if self._peak:
-            metrics["train/mfu"] = tokens / seconds * trainer.flops_per_token / self._peak
+            metrics["train/mfu"] = tokens / seconds * trainer.flops_per_token / (self._peak * trainer.world.size)
         metrics["memory/peak_bytes"] = peak_memory(trainer.device)
         self._tokens, self._seconds = trainer.state.tokens, trainer.state.seconds
 
@@ -135,10 +153,12 @@ class Samples(Callback):
             row = next(held_out_batches(trainer.data, "val", trainer.config.model.context_length, 1, 1)).inputs[0].tolist()
             prompt = row[: len(row) // 2]
             shown, count = tokenizer.decode(prompt) + " > ", len(row) - len(prompt)
-        ids = generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0)
+        ids = list(generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0))
+        if not trainer.world.first:  # every rank writes the text, since each holds a part of a sharded model; one keeps it
+            return
         folder = trainer.run.directory / "samples"
         folder.mkdir(exist_ok=True)
-        (folder / f"step-{trainer.state.step:09d}.txt").write_text(shown + tokenizer.decode(list(ids)) + "\n", encoding="utf-8")
+        (folder / f"step-{trainer.state.step:09d}.txt").write_text(shown + tokenizer.decode(ids) + "\n", encoding="utf-8")
 
 
 @register("callback", "kernels")

@@ -6,23 +6,31 @@ Loading verifies every hash, falls back to the newest good checkpoint, and runs 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptlab.config.errors import CheckpointError, IOFailure
 from gptlab.data.shard import file_hash
+from gptlab.hardware.world import World, reached
+from gptlab.runner import sharded
 
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d{9})$")
+MODEL, STATE, DATA, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
+OPTIMIZER = "optimizer."  # begins the names of the optimizer's tensors; no module of a model is called so
 
 
 def checkpoint_name(step: int) -> str:
@@ -30,35 +38,64 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def save(folder: Path, step: int, model: Mapping[str, Tensor], state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write a checkpoint of a step: model weights, JSON state, and the other tensors (optimizer, RNG).
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
-    The folder gets its final name only when every byte is on disk. Raises IOFailure when the disk fails; nothing half-made stays.
+
+def save(
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    metrics: Mapping[str, float] | None = None,
+    shard: sharded.Shard | None = None,
+) -> Path:
+    """Write a checkpoint of a step: model weights, the optimizer's tensors, JSON state, and what was measured at the step.
+
+    `shard`: what this rank writes of it, where all ranks write it together and each calls this. The folder gets its final name
+    only when every byte is on disk. Raises IOFailure when the disk fails; nothing half-made stays.
     """
     final = folder / checkpoint_name(step)
-    temporary = folder / f".{final.name}.{os.getpid()}.part"
+    temporary, replaced = folder / f".{final.name}.part", folder / f".{final.name}.old.part"
+    first = shard is None or shard.world.first
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, temporary / "model.safetensors")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-        files = {}
-        for file in sorted(temporary.iterdir()):
-            _sync(file)
-            files[file.name] = {"sha256": file_hash(file), "bytes": file.stat().st_size}
-        manifest = temporary / "manifest.json"
-        manifest.write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-        _sync(manifest)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(folder)
-    except OSError as error:
-        raise IOFailure(f"{final}: the checkpoint could not be written ({error.strerror or error})") from error
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if shard is None:
+            save_file(dict(model), temporary / MODEL)
+            save_file(dict(tensors), temporary / STATE)
+            hashes = {f.name: _settled(f) for f in (temporary / MODEL, temporary / STATE)}
+        else:
+            hashes = _written_together(temporary, {**model, **tensors}, shard)
+        if first:
+            (temporary / DATA).write_text(json.dumps(state) + "\n", encoding="utf-8")
+            hashes[DATA] = _settled(temporary / DATA)
+            manifest = {"format": FORMAT, "step": step, "files": dict(sorted(hashes.items())), "metrics": dict(metrics or {})}
+            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            _sync(temporary / MANIFEST)
+            if final.exists():  # of the same step, from before it was trained again
+                shutil.rmtree(replaced, ignore_errors=True)
+                final.rename(replaced)
+            temporary.rename(final)
+            _sync(folder)
+        if shard is not None:
+            _meet(shard.world)
+    except (OSError, SafetensorError) as error:
+        raise IOFailure(_unwritten(final, _size(model) + _size(tensors), error)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _settled(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"sha256": file_hash(file), "bytes": file.stat().st_size}
 
 
 def _sync(path: Path) -> None:
@@ -69,6 +106,46 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _meet(world: World) -> None:
+    with reached("the writing of a checkpoint"):
+        dist.barrier(group=world.writers())
+
+
+def _written_together(folder: Path, tensors: Mapping[str, Tensor], shard: sharded.Shard) -> dict[str, Any]:
+    """Every rank writes its file; the hashes of all. Raises IOFailure on every rank when one fails."""
+    world = shard.world
+    _meet(world)  # the folder is there
+    mine: dict[str, Any] | str
+    try:
+        file = sharded.write(folder, tensors, shard)
+        mine = {file.name: _settled(file)} if file else {}
+    except (OSError, SafetensorError) as error:
+        mine = _unwritten(folder, _size(tensors), error)
+    found: list[Any] = [None] * world.size
+    with reached("the hashes of a checkpoint"):
+        dist.all_gather_object(found, mine, group=world.writers())
+    for rank, part in enumerate(found):
+        if isinstance(part, str):
+            raise IOFailure(f"rank {rank}: {part}")
+    return {name: entry for part in found for name, entry in part.items()}
+
+
+def _size(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _unwritten(final: Path, needed: int, error: Exception) -> str:
+    reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in reason
+    if not full:
+        return f"{final}: the checkpoint could not be written ({reason})"
+    free = shutil.disk_usage(final.parent).free
+    return (
+        f"{final}: the disk is full: the checkpoint needs {needed:,} bytes and {free:,} are free; the older ones are untouched; make room, "
+        "or lower callbacks.checkpoint.keep, or move the run with GPTLAB_RUNS"
+    )
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, the newest first."""
     if not folder.is_dir():
@@ -76,30 +153,60 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((d for d in folder.iterdir() if _NAME.match(d.name)), reverse=True)
 
 
-def keep_last(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a crash left half-made."""
-    for old in checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+def clean(folder: Path, step: int, *, keep: int, keep_every: int = 0, best: bool = False) -> None:
+    """Once the checkpoint of `step` is durable, delete all but the newest `keep`, every `keep_every`-th step and the `best` one.
+
+    Later steps go too: they are of a past that was gone back on.
+    """
+    found = checkpoints(folder)
+    stay = set([c for c in found if step_of(c) <= step][:keep])
+    stay |= {c for c in found if keep_every and step_of(c) % keep_every == 0 and step_of(c) <= step}
+    stay |= {c for c in [best_of(folder)] if best and c is not None}
+    for old in found:
+        if old not in stay:
+            shutil.rmtree(old)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a crash left half-made."""
     for partial in folder.glob(".*.part"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest. Raises CheckpointError when it cannot be read."""
+    try:
+        found = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"its manifest cannot be read ({error})") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
+        told = found.get("format") if isinstance(found, dict) else found
+        raise CheckpointError(f"its manifest has format {told!r}; this gptlab reads {FORMAT}")
+    return found
 
 
 def problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file matches its hash."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({error})"
-    if manifest.get("format") != FORMAT:
-        return f"format {manifest.get('format')!r}; this gptlab reads {FORMAT}"
-    for name, expected in manifest["files"].items():
-        file = checkpoint / name
+        files = manifest_of(checkpoint)["files"]
+    except CheckpointError as error:
+        return str(error)
+    if DATA not in files or not any(name.endswith(".safetensors") for name in files):
+        return "its manifest names no state and no weights"
+    with ThreadPoolExecutor(4) as pool:  # hashing runs beside hashing
+        return next((p for p in pool.map(lambda item: _file_problem(checkpoint / item[0], item[1]), files.items()) if p), None)
+
+
+def _file_problem(file: Path, expected: Mapping[str, Any]) -> str | None:
+    try:
         if not file.is_file():
-            return f"{name} is missing"
+            return f"{file.name} is missing"
         if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            return f"{file.name} has {file.stat().st_size} bytes, not {expected['bytes']}"
         if file_hash(file) != expected["sha256"]:
-            return f"{name} is not the file that was written (sha256)"
+            return f"{file.name} is not the file that was written (sha256)"
+    except (OSError, KeyError, TypeError) as error:
+        return f"{file.name} cannot be checked ({error})"
     return None
 
 
@@ -114,62 +221,76 @@ def newest_good(folder: Path, complaints: list[str] | None = None) -> Path | Non
     return None
 
 
-def require_good(folder: Path) -> Path:
-    """`newest_good`, or CheckpointError saying what is wrong with each."""
-    complaints: list[str] = []
-    found = newest_good(folder, complaints)
-    if found is None:
-        raise CheckpointError("; ".join(complaints) if complaints else f"{folder} holds no checkpoint")
+def best_of(folder: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss among those that were measured; None if there is none. Hashes are not looked at."""
+    found: list[tuple[float, Path]] = []
+    for checkpoint in checkpoints(folder):
+        with contextlib.suppress(CheckpointError):
+            loss = manifest_of(checkpoint).get("metrics", {}).get("val/loss")
+            if isinstance(loss, float):
+                found.append((loss, checkpoint))
+    return min(found)[1] if found else None
+
+
+def lowest_loss(folder: Path) -> float:
+    """The held-out loss of the best checkpoint; infinity if there is none."""
+    found = best_of(folder)
+    return math.inf if found is None else float(manifest_of(found)["metrics"]["val/loss"])
+
+
+def choose(folder: Path, which: str = "latest", complaints: list[str] | None = None) -> Path:
+    """A run's checkpoint: `latest` (the newest whose hashes match), `best` (lowest held-out loss), a step, or a checkpoint's folder.
+
+    Raises CheckpointError when it is not there or damaged; of `latest`, when every one is.
+    """
+    if which == "latest":
+        told: list[str] = [] if complaints is None else complaints
+        newest = newest_good(folder, told)
+        if newest is None:
+            raise CheckpointError("; ".join(told) if told else f"{folder} holds no checkpoint")
+        return newest
+    steps = [str(step_of(c)) for c in checkpoints(folder)]
+    if which == "best":
+        found = best_of(folder)
+        if found is None:
+            raise CheckpointError(f"{folder} holds no checkpoint that was measured on held-out text")
+    elif which.isdigit():
+        found = folder / checkpoint_name(int(which))
+        if not found.is_dir():
+            raise CheckpointError(f"{folder} holds no checkpoint of step {which}; there are {', '.join(steps) or 'none'}")
+    else:
+        found = Path(which)
+        if not found.is_dir() or found.resolve().parent != folder.resolve():
+            there = ", ".join(steps) or "none"
+            raise CheckpointError(f"{which} is no checkpoint of this run: give latest, best, one of its steps ({there}) or its folder")
+    wrong = problem(found)
+    if wrong is not None:
+        raise CheckpointError(f"{found}: {wrong}")
     return found
 
 
+def require_good(folder: Path) -> Path:
+    """`newest_good`, or CheckpointError saying what is wrong with each."""
+    return choose(folder)
+
+
+def load_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's weights and the optimizer's tensors, whole, on the CPU."""
+    if not sharded.is_sharded(checkpoint):
+        return load_file(checkpoint / MODEL), load_file(checkpoint / STATE)
+    whole = sharded.load_whole(checkpoint)
+    return {k: v for k, v in whole.items() if not k.startswith(OPTIMIZER)}, {k: v for k, v in whole.items() if k.startswith(OPTIMIZER)}
+
+
 def load_model(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights, on the CPU."""
-    return load_file(checkpoint / "model.safetensors")
+    """The model's weights, whole, on the CPU."""
+    return load_file(checkpoint / MODEL) if not sharded.is_sharded(checkpoint) else load_tensors(checkpoint)[0]
 
 
-def load_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON state and the other tensors."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8")), load_file(checkpoint / "state.safetensors")
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An optimizer's state as JSON data and tensors named `optimizer.<parameter>.<key>`."""
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    return {"groups": state["param_groups"], "scalars": scalars}, tensors
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer back what `pack_optimizer` took."""
-    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in packed["scalars"].items()}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": packed["groups"]})
-
-
-def pack_rng(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's generators."""
-    states = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def unpack_rng(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Give torch's generators back what `pack_rng` took."""
-    torch.set_rng_state(tensors["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON state."""
+    found: dict[str, Any] = json.loads((checkpoint / DATA).read_text(encoding="utf-8"))
+    return found
 
 
 def remove_all(folder: Path) -> None:

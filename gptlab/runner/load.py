@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.registry import load_components
 from gptlab.config.schema import Config
 from gptlab.data.tokenizer import Tokenizer, from_json
 from gptlab.generate.sampling import check_settings, generate
-from gptlab.model.transformer import Transformer, new_model
-from gptlab.runner import checkpoint
+from gptlab.model.linear import undrawn
+from gptlab.model.transformer import Transformer
+from gptlab.runner.checkpoint import choose, load_model
+from gptlab.runner.export import read_export
 from gptlab.runner.run import Run, find_run
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with its tokeniser and config."""
+    """A trained model with its tokeniser and config; of an exported file there is no `run`."""
 
-    run: Run
+    run: Run | None
     config: Config
     model: Transformer
     tokenizer: Tokenizer
@@ -38,23 +42,32 @@ class Loaded:
         return self.tokenizer.decode(list(made))
 
 
-def load(run: str | Run, *, device: str = "cpu") -> Loaded:
-    """Open a run (directory, identity, unique prefix, or `latest`) at its newest good checkpoint, in evaluation mode.
+def load(run: str | Run, *, checkpoint: str = "latest", device: str = "cpu") -> Loaded:
+    """Open a run (directory, identity, unique prefix, or `latest`) at its newest good checkpoint, or an exported file, in evaluation mode.
 
-    Raises ConfigError if there is no such run or a component is not registered, CheckpointError if no checkpoint is usable.
+    `checkpoint` is another one: `best`, a step, or its folder. Raises ConfigError if there is no such run or a component is not registered,
+    CheckpointError if no checkpoint is usable.
     """
     load_components()
+    if isinstance(run, str) and run.endswith(".safetensors"):
+        config, tokenizer, weights, _ = read_export(Path(run))
+        return Loaded(None, config, _filled(config, tokenizer, weights, run).to(torch.device(device)).eval(), tokenizer)
     found = run if isinstance(run, Run) else find_run(run)
     config = found.config()
-    newest = checkpoint.require_good(found.checkpoints)
+    chosen = choose(found.checkpoints, checkpoint)
     file = found.directory / "tokenizer.json"
     try:
         tokenizer = from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
-    model = new_model(config.model, tokenizer.vocabulary, seed=0)
+    return Loaded(found, config, _filled(config, tokenizer, load_model(chosen), str(chosen)).to(torch.device(device)).eval(), tokenizer)
+
+
+def _filled(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor], where: str) -> Transformer:
+    with undrawn():
+        model = Transformer(config.model, tokenizer.vocabulary)
     try:
-        model.load_state_dict(checkpoint.load_model(newest))
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{newest} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
-    return Loaded(found, config, model.to(torch.device(device)).eval(), tokenizer)
+        raise CheckpointError(f"{where} does not fit its config: {' '.join(str(error).split())[:300]}") from error
+    return model

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import time
 import traceback
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gptlab.config import codec
-from gptlab.config.errors import ConfigError, GptlabError, IOFailure, Stopped
+from gptlab.config.errors import ConfigError, DivergedError, GptlabError, OutOfMemory, Stopped
 from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.prepare import prepare
 from gptlab.data.prepared import Prepared
-from gptlab.hardware.device import machine, peak_memory
+from gptlab.hardware.device import is_out_of_memory, machine, peak_memory, restored
+from gptlab.hardware.world import ElsewhereFailed, World
 from gptlab.model.transformer import meta_model
 from gptlab.runner import checkpoint
 from gptlab.runner.environment import environment, source_hash
+from gptlab.runner.guard import BATCHES
+from gptlab.runner.log import Log, memory_advice
+from gptlab.runner.mirror import Mirror
+from gptlab.runner.passed import PASSED
+from gptlab.runner.place import check_url
 from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
+from gptlab.runner.state import own_randomness
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker.console import PreparationProgress, RunProgress, say
-from gptlab.tracker.guard import Guarded, TrackerWarning
+from gptlab.tracker.guard import Guarded
 from gptlab.tracker.jsonl import MetricsFile
+from gptlab.tracker.none import NoTracker
 from gptlab.tracker.protocol import Metrics, RunInfo
+
+MIRROR_SECONDS, STOPPED_MIRROR_SECONDS = 600.0, 60.0  # that the end of a run waits for its mirror
 
 
 @dataclass(frozen=True)
@@ -42,35 +54,78 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     """Train a composed config to the end of its budget.
 
     The same config again is skipped when it is done, resumed when it stopped, retried from its last good checkpoint when it
-    failed; `rerun` starts over. Raises GptlabError; the run's failed.json then holds the code and log.txt the traceback.
+    failed; `rerun` starts over. Under torchrun every rank calls this. Raises GptlabError; the run's failed.json then holds the code and
+    log.txt the traceback. The process's random generators, threads and warnings are as before afterwards.
     """
-    resolved = resolve(config, machine())
-    _check_model(resolved)
-    with contextlib.closing(_prepare(resolved)) as data:
-        return _find_or_train(resolved, data, rerun=rerun, title=title, settings=settings or {}, job=job)
+    started = time.perf_counter()
+    with own_randomness(), restored():
+        resolved = resolve(config, machine())
+        world = build(resolved.hardware.strategy).join()
+        _check_model(resolved)
+        with contextlib.closing(_prepare(resolved, world)) as data:
+            request = _Request(rerun, title or resolved.name or "base", settings or {}, job, started)
+            try:
+                outcome = _find_or_train(resolved, data, world, request)
+            except (Stopped, DivergedError, ElsewhereFailed):  # every rank has come to this
+                world.wait()  # torchrun ends the others as soon as one has left
+                raise
+            world.wait()
+            return outcome
 
 
-def _find_or_train(resolved: Config, data: Prepared, *, rerun: bool, title: str, settings: dict[str, str], job: int) -> Outcome:
+@dataclass(frozen=True)
+class _Request:
+    rerun: bool
+    title: str
+    settings: dict[str, str]
+    job: int
+    started: float
+
+
+def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Request) -> Outcome:
     outside = codec.outside_sources(resolved)
     identity = codec.identity(resolved, data.hash, outside)
-    run = run_of(resolved, identity)
-    title = title or resolved.name or "base"
+    run = world.share(lambda: run_of(resolved, identity))
     arm = arm_of(resolved, data.hash, outside)
-    done = run.read("done.json")
-    if done is not None and not rerun:
-        if not (run.directory / "config.json").exists():
-            run.write("config.json", codec.to_json(resolved))  # somebody deleted it; it is the same config by its identity
-        join_study(run, resolved, arm=arm, settings=settings, job=job)
-        return _skip(run, done, title)
-    trainer = _built(resolved, data, run)  # what cannot be built is said before anything is made
-    make_directory(run)
-    with locked(run), _Log(run):
-        join_study(run, resolved, arm=arm, settings=settings, job=job)
-        if rerun:
-            _clear(run)
-        elif (done := run.read("done.json")) is not None:  # another process finished it meanwhile
-            return _skip(run, done, title)
-        return _train(trainer, title)
+
+    def join_the_study() -> None:
+        join_study(run, resolved, arm=arm, settings=request.settings, job=request.job)
+
+    def look() -> dict[str, Any] | None:
+        done = run.read("done.json")
+        if done is not None and not request.rerun:
+            if not (run.directory / "config.json").exists():
+                run.write("config.json", codec.to_json(resolved))  # somebody deleted it; it is the same config by its identity
+            join_the_study()
+        return done
+
+    done = world.share(look)
+    if resolved.trainer.mirror:
+        check_url(resolved.trainer.mirror)
+    if done is not None and not request.rerun:
+        if resolved.trainer.mirror and world.first:  # what it still lacks of a run that is done
+            missing = Mirror(resolved.trainer.mirror, run).close(MIRROR_SECONDS)
+            if missing:
+                say((missing, "yellow"))
+        return _skip(run, done, request.title)
+    trainer = _built(resolved, data, run, request.started)  # what cannot be built is said before anything is made
+    with contextlib.ExitStack() as held:
+
+        def take() -> dict[str, Any] | None:
+            make_directory(run)
+            held.enter_context(locked(run))
+            join_the_study()
+            if request.rerun:
+                _clear(run)
+            return run.read("done.json")
+
+        done = world.share(take)
+        if done is not None:  # another process finished it meanwhile
+            return _skip(run, done, request.title)
+        if resolved.trainer.mirror and world.first:
+            held.enter_context(_mirrored(trainer, request.rerun))  # outside the log, so that a failure is copied too
+        held.enter_context(Log(run, trainer))
+        return _train(trainer, request.title)
 
 
 def _check_model(config: Config) -> None:
@@ -83,12 +138,14 @@ def _check_model(config: Config) -> None:
         return
 
 
-def _built(config: Config, data: Prepared, run: Run) -> Trainer:
+def _built(config: Config, data: Prepared, run: Run, started: float) -> Trainer:
     try:
-        return Trainer(config, data, run)
+        return Trainer(config, data, run, started)
     except (GptlabError, OSError):
         raise
     except Exception as error:  # a component of the user's may raise anything
+        if is_out_of_memory(error):
+            raise OutOfMemory(memory_advice(config, "the model is built")) from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise ConfigError(f"the model could not be built: {type(error).__name__}: {error} ({place})") from error
@@ -100,9 +157,21 @@ def arm_of(config: Config, manifest_hash: str, outside: dict[str, str]) -> str:
     return codec.identity(seedless, manifest_hash, outside)
 
 
-def _prepare(config: Config) -> Prepared:
-    with PreparationProgress() as progress:
-        return prepare(config.data, report=progress.update, background=True)
+def _prepare(config: Config, world: World) -> Prepared:
+    def prepared() -> Prepared:
+        with PreparationProgress() as progress:
+            return prepare(config.data, report=progress.update, background=True)
+
+    if world.size == 1:
+        return prepared()
+
+    def first() -> None:  # the others find what rank 0 has made; on another machine the first to come makes it
+        prepared().close()
+
+    world.share(first, patient=True)
+    found = prepared()
+    world.wait()
+    return found
 
 
 def _skip(run: Run, done: dict[str, Any], title: str) -> Outcome:
@@ -113,87 +182,88 @@ def _skip(run: Run, done: dict[str, Any], title: str) -> Outcome:
 
 
 def _clear(run: Run) -> None:
-    for name in ("done.json", "failed.json", "metrics.jsonl", "log.txt"):
+    for name in ("done.json", "failed.json", "metrics.jsonl", PASSED, *(f.name for f in run.directory.glob("log*.txt"))):
         (run.directory / name).unlink(missing_ok=True)
+    shutil.rmtree(run.directory / BATCHES, ignore_errors=True)
     checkpoint.remove_all(run.checkpoints)
 
 
-class _Log:
-    """Writes a failure to the run's log.txt and failed.json, warnings to log.txt, and passes every exception on."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        self._show = warnings.showwarning
-        warnings.showwarning = self._warn  # type: ignore[assignment]
-
-    def _warn(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
-        self._append(f"{category.__name__}: {message} ({filename}:{lineno})\n")
-        if issubclass(category, TrackerWarning):
-            say((str(message), "yellow"))
-
-    def _append(self, text: str) -> None:
-        with (self.run.directory / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(f"{now()} {text}")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        warnings.showwarning = self._show
-        if error is None or not isinstance(error, Exception):
-            return
-        if isinstance(error, Stopped):
-            self._append(f"{error}\n")
-            return
-        self._append("".join(traceback.format_exception(kind, error, trace)))
-        code = error.code if isinstance(error, GptlabError) else 1
-        self.run.write("failed.json", {"code": code, "error": type(error).__name__, "message": str(error), "time": now()})
-        if isinstance(error, OSError):
-            raise IOFailure(f"{self.run.directory}: {error.strerror or error}; the traceback is in log.txt") from error
-        if not isinstance(error, GptlabError):
-            first = " ".join(str(error).split())[:300]
-            raise GptlabError(f"{type(error).__name__}: {first}; the traceback is in {self.run.directory / 'log.txt'}") from error
-
-
 def _train(trainer: Trainer, title: str) -> Outcome:
-    config, data, run = trainer.config, trainer.data, trainer.run
+    config, run, world = trainer.config, trainer.run, trainer.world
+    if world.first:
+        checkpoint.remove_partial(run.checkpoints)
     complaints = trainer.resume()
-    run.write("config.json", codec.to_json(config))
-    run.write("data.json", {"folder": str(data.folder), "hash": data.hash, "held_out": data.held_out, "manifest": data.manifest})
-    run.write("environment.json", environment(trainer.device))
-    (run.directory / "tokenizer.json").write_bytes((data.folder / "tokenizer.json").read_bytes())
+    if world.first:
+        _write_down(trainer)
     for complaint in complaints:
         say((f"passed over {complaint}", "yellow"))
+    if complaints and not trainer.state.step:
+        say(("no checkpoint is whole: the run begins anew", "yellow"))
+    _announce(trainer, title)
+    if not world.first:
+        with RunProgress(title, trainer.steps) as progress, contextlib.closing(trainer.writer):
+            trainer.train(None, NoTracker(), progress)
+        return Outcome(run, "done")
+    logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
+    tracker = Guarded(build(config.tracker))
+    info = RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged)
+    code = 1
+    with contextlib.ExitStack() as last:
+        metrics = last.enter_context(contextlib.closing(MetricsFile(run.metrics_file, trainer.state.step)))
+        tracker.start(info)
+        try:
+            with contextlib.closing(trainer.writer), RunProgress(title, trainer.steps) as progress:
+                trainer.train(metrics, tracker, progress)
+            summary = _summary(trainer)
+            code = 0
+            run.write("done.json", {"summary": summary, "finished": now(), "source": source_hash()})
+        except GptlabError as error:
+            code = error.code
+            raise
+        finally:
+            tracker.finish(dict(trainer.latest), code)
+    loss, rate = summary.get("val/loss", float("nan")), summary["train/tokens_per_second"]
+    say(("✓", "green"), f" {title}  val {loss:.4f}  ", (f"{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s", "dim"))
+    return Outcome(run, "done", message=f"done in {trainer.state.wall:.1f} s")
+
+
+@contextlib.contextmanager
+def _mirrored(trainer: Trainer, start_over: bool) -> Iterator[None]:
+    """Copy what the run makes to its mirror while it is made, and wait for the last of it: briefly where the machine may soon be gone."""
+    mirror = Mirror(trainer.config.trainer.mirror, trainer.run, start_over=start_over)
+    trainer.writer.after.append(lambda made: mirror.push())
+    seconds = STOPPED_MIRROR_SECONDS
+    try:
+        yield
+        seconds = MIRROR_SECONDS
+    finally:
+        mirror.push()
+        missing = mirror.close(seconds)
+        if missing:
+            say((missing, "yellow"))
+
+
+def _write_down(trainer: Trainer) -> None:
+    """What the run is made of, in its folder."""
+    data, run = trainer.data, trainer.run
+    run.write("config.json", codec.to_json(trainer.config))
+    parts = {"parts": {name: part.manifest for name, part in data.parts.items()}} if data.parts else {}
+    run.write("data.json", {"folder": str(data.folder), "hash": data.hash, "held_out": data.held_out, "manifest": data.manifest, **parts})
+    run.write("environment.json", environment(trainer.device) | {"ranks": trainer.world.size})
+    (run.directory / "tokenizer.json").write_bytes((data.folder / "tokenizer.json").read_bytes())
     (run.directory / "failed.json").unlink(missing_ok=True)
-    hardware = config.hardware
+
+
+def _announce(trainer: Trainer, title: str) -> None:
+    hardware, ranks = trainer.config.hardware, trainer.world.size
     resumed = f", resumed at step {trainer.state.step}" if trainer.state.step else ""
     line = (
-        f"  {title}: {trainer.parameters:,} parameters, {hardware.device}, {hardware.precision}"
+        f"  {title}: {trainer.parameters:,} parameters, {hardware.device}{f' x {ranks}' if ranks > 1 else ''}, {hardware.precision}"
         f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{resumed}"
     )
     if (dropped := trainer.loader.dropped) is not None:
         line += f"; best_fit packing drops {dropped:.1%} of the text"
     say((line, "dim"))
-    logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
-    metrics = MetricsFile(run.metrics_file, trainer.state.step)
-    tracker = Guarded(build(config.tracker))
-    info = RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged)
-    tracker.start(info)
-    code = 1
-    try:
-        with RunProgress(title, trainer.steps) as progress:
-            trainer.train(metrics, tracker, progress)
-        summary = _summary(trainer)
-        code = 0
-        run.write("done.json", {"summary": summary, "finished": now(), "source": source_hash()})
-        loss, rate = summary.get("val/loss", float("nan")), summary["train/tokens_per_second"]
-        say(("✓", "green"), f" {title}  val {loss:.4f}  ", (f"{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s", "dim"))
-        return Outcome(run, "done", message=f"done in {trainer.state.wall:.1f} s")
-    except GptlabError as error:
-        code = error.code
-        raise
-    finally:
-        metrics.close()
-        tracker.finish(dict(trainer.latest), code)
 
 
 def _flat(config: Config, trainer: Trainer) -> dict[str, Any]:

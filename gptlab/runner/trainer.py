@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from types import FrameType
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptlab.config.errors import ConfigError, DataError, DivergedError, IOFailure, Stopped
+from gptlab.config.errors import ConfigError, DataError, DivergedError, IOFailure
 from gptlab.config.registry import build
-from gptlab.config.resolve import parse_budget
+from gptlab.config.resolve import parse_budget, parse_duration
 from gptlab.config.schema import Config
 from gptlab.data.loader import Batch, Loader
 from gptlab.data.prepared import Prepared
 from gptlab.data.sources import training_rows
 from gptlab.hardware.device import set_up, synchronise
 from gptlab.hardware.precision import autocast, scaler
+from gptlab.hardware.strategy import Strategy
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
 from gptlab.optimizer.groups import parameter_groups
-from gptlab.runner import checkpoint
+from gptlab.runner import checkpoint, sharded
 from gptlab.runner.callback import Callback
+from gptlab.runner.guard import Guard
+from gptlab.runner.passed import passed_batches
 from gptlab.runner.run import Run
+from gptlab.runner.state import State, optimizer_targets, pack_optimizer, seed_step, unpack_optimizer
+from gptlab.runner.stop import Stop, Waiting
+from gptlab.runner.writer import Writer
 from gptlab.tracker.console import RunProgress
 from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.protocol import Metrics, Tracker
@@ -35,46 +39,50 @@ WARMUP_STEPS = 10  # left out of tokens_per_second: first steps allocate, tune a
 UNKNOWN_STEPS = 1e12  # of a run by the clock, before its first step: far from any decay
 
 
-@dataclass
-class State:
-    """How far a run is. `seconds` are spent in training steps alone, `wall` counts everything."""
+class _Step(nn.Module):
+    """What a strategy wraps: the loss of a micro-batch, whatever of the model an objective calls."""
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    wall: float = 0.0
-    timed_tokens: int = 0  # tokens and seconds after the warm-up of each session
-    timed_seconds: float = 0.0
+    def __init__(self, model: Transformer, objective: Callable[[Transformer, Batch], Tensor]) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.objective(self.model, batch)
 
 
 class Trainer:
-    """Trains one resolved config. `callbacks` do everything that is not a step: evaluation, checkpoints, samples, throughput."""
+    """Trains one resolved config. `callbacks` do everything that is not a step: evaluation, checkpoints, samples, throughput.
 
-    def __init__(self, config: Config, data: Prepared, run: Run) -> None:
+    Under torchrun every rank has a Trainer, and all make the same steps; `world.first` alone writes. `started`: when this session began.
+    """
+
+    def __init__(self, config: Config, data: Prepared, run: Run, started: float | None = None) -> None:
         self.config, self.data, self.run = config, data, run
+        self.strategy: Strategy = build(config.hardware.strategy)
+        self.world = self.strategy.join()
         self.device = set_up(config.hardware)
         seeds, context = config.seeds, config.model.context_length
         self.batch_tokens, self.micro_batch = int(config.trainer.batch_tokens), int(config.hardware.micro_batch)
-        init_seed, data_seed, dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
+        init_seed, data_seed, self._dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
         model = new_model(config.model, data.vocabulary, init_seed)
         source = training_rows(data, context, config.data.packing, data_seed)
-        self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents)
-        self.model: Transformer = build(config.hardware.strategy).place(model, self.device)
+        rank, ranks = self.world.rank, self.world.size
+        self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents, rank=rank, ranks=ranks)
+        self.flops_per_token = flops_per_token(model)
+        self.parameters = count_parameters(model)["total"]
+        self.model: Transformer = self.strategy.place(model, self.device)
         self.optimizer: torch.optim.Optimizer = build(
             config.optimizer, groups=parameter_groups(self.model, self.model.roles()), device=self.device
         )
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.schedule = build(config.schedule)
-        self.objective = build(config.objective)
         self.scaler = scaler(self.device, config.hardware.precision)
-        self.flops_per_token = flops_per_token(self.model)
-        self.parameters = count_parameters(self.model)["total"]
         budget = parse_budget(config.trainer.budget)
         if budget.unit == "epochs" and self.loader.endless:
             raise ConfigError(
                 f"trainer.budget={config.trainer.budget}: this text has no known end; give data.corpus.tokens, or a budget in tokens"
             )
-        self.time_limit = 60 * budget.amount if budget.unit == "min" else math.inf
+        self.time_budget = 60 * budget.amount if budget.unit == "min" else math.inf
         self.steps = budget.steps(
             batch_tokens=self.batch_tokens,
             epoch_tokens=self.loader.epoch_tokens if budget.unit == "epochs" else 0,
@@ -82,101 +90,133 @@ class Trainer:
             flops_per_token=self.flops_per_token,
         )
         self.callbacks: list[Callback] = [build(options) for options in config.callbacks.values()]
-        self.forward: Callable[[Batch], Tensor] = torch.compile(self._forward) if config.hardware.compile else self._forward
+        self._step = self.strategy.wrap(_Step(self.model, build(config.objective)))
+        self.forward: Callable[[Batch], Tensor] = torch.compile(self._step) if config.hardware.compile else self._step
         self.state = State()
         self.latest: Metrics = {}  # the newest value of everything measured
-        self._stop: int | None = None
-        self._waiting = False  # for text, where a signal need not wait for the step's end
+        self.measured_on_held_out: tuple[int, float] = (-1, math.nan)  # the last step that was, and its val/loss
+        self.writer = Writer(run.checkpoints, self.world, shards=self.strategy.sharded)
+        self.guard = Guard(self)
+        self.passed = set[int]()  # batches that are not trained on
+        self.clock = 0.0  # seconds since `started`, by rank 0's watch: what all ranks decide by
+        self._started = time.perf_counter() if started is None else started
+        self.stop = Stop(parse_duration(config.trainer.time_limit), lambda: self.clock)
+        self._leaving = 0  # why all ranks leave after this step; 0: they stay
+        self._metrics: MetricsFile | None = None
         self._sinks: tuple[Callable[[Metrics], None], ...] = ()
-        torch.manual_seed(dropout_seed)
 
-    def train(self, metrics: MetricsFile, tracker: Tracker, progress: RunProgress) -> None:
-        """Run to the end of the budget. Raises Stopped after a signal (with a checkpoint), DivergedError on a loss that is not finite."""
-        self._sinks = (metrics.write, tracker.log, progress.update)
-        started, wall = time.perf_counter(), self.state.wall
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)} if _in_main_thread() else {}
+    def train(self, metrics: MetricsFile | None, tracker: Tracker, progress: RunProgress) -> None:
+        """Run to the end of the budget; rank 0 alone has a metrics file.
+
+        Raises Stopped after a signal or the time limit (with a checkpoint), DivergedError before an update that is not finite.
+        """
+        self._metrics = metrics
+        self._sinks = () if metrics is None else (metrics.write, tracker.log, progress.update)
+        started, wall, session_start = time.perf_counter(), self.state.wall, self.state.step
         self.model.train()
-        session_start = self.state.step
-        try:
+        with self.stop:
             self._each("on_start")
+            if self.config.trainer.on_nonfinite == "rollback" and not self.state.step:
+                self.save_checkpoint()  # something to go back to
             while not self.finished:
                 before = time.perf_counter()
-                try:
-                    batch = self._next_batch()
-                except (DataError, IOFailure, _Waiting):  # there is no text now; nothing of this step was done
-                    self._leave() if self._stop is not None else self.save_checkpoint()
-                    raise
-                measured = self.train_step(batch)
+                measured = self.train_step(self._next_batch())
                 seconds = time.perf_counter() - before
-                self.state.step += 1
-                self.state.tokens += self.batch_tokens
-                self.state.seconds += seconds
-                self.state.wall = wall + time.perf_counter() - started
-                if self.state.step - session_start > WARMUP_STEPS:
-                    self.state.timed_tokens += self.batch_tokens
-                    self.state.timed_seconds += seconds
-                if self.state.step % self.config.trainer.log_every == 0 or self.finished:
-                    self.record(measured)
-                self._each("on_step")
-                if self._stop is not None:
-                    self._leave()
+                self.state.batch += measured is not None  # a batch that was passed over has been counted
+                if measured is not None:
+                    self.state.step += 1
+                    self.state.tokens += self.batch_tokens
+                    self.state.seconds += seconds
+                    self.state.wall = wall + time.perf_counter() - started
+                    if self.state.step - session_start > WARMUP_STEPS:
+                        self.state.timed_tokens += self.batch_tokens
+                        self.state.timed_seconds += seconds
+                    if self.steps is None:  # all ranks end by the same watch
+                        self.state.seconds = self.world.gather(self.state.seconds)[0][0]
+                    if self.state.step % self.config.trainer.log_every == 0 or self.finished or "train/spike" in measured:
+                        self.record(measured)
+                    self._each("on_step")
+                self.writer.check()
+                why = self.stop.asked if self.world.size == 1 else self._leaving
+                if why and not self.finished:
+                    self._leave(why)
             self.state.wall = wall + time.perf_counter() - started
             self._each("on_end")
+            self.writer.wait()
             self.state.wall = wall + time.perf_counter() - started
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     @property
     def finished(self) -> bool:
         """Whether the budget is spent."""
-        return self.state.step >= self.steps if self.steps is not None else self.state.seconds >= self.time_limit
+        return self.state.step >= self.steps if self.steps is not None else self.state.seconds >= self.time_budget
 
     @property
     def total_steps(self) -> float:
         """Steps of the whole run; where time is the budget, estimated from the steps so far."""
         if self.steps is not None:
             return self.steps
-        share = self.state.seconds / self.time_limit
+        share = self.state.seconds / self.time_budget
         return self.state.step / share if share > 0 else UNKNOWN_STEPS
 
     def _next_batch(self) -> Batch:
-        """The batch of this step; of a stream it may have to be waited for, and a signal ends the waiting."""
-        self._waiting = True
+        """The own rows of this step's batch. Of a stream they may have to be waited for, and a signal ends the waiting."""
+        while self.state.batch in self.passed:
+            self.state.batch += 1
+        batch, failure, why = None, None, 0
+        self.stop.waiting = True
         try:
-            return self.loader.batch(self.state.step)
+            batch = self.loader.batch(self.state.batch)
+        except (DataError, IOFailure) as error:  # there is no text now; nothing of this step was done
+            failure = error
+        except Waiting:
+            why = self.stop.asked
         finally:
-            self._waiting = False
+            self.stop.waiting = False
+        if self.loader.streams:  # the ranks leave together, for the first one's reason
+            found = self.world.gather(float(failure is not None), float(why))
+            why = next((int(w) for _, w in found if w), 0)
+            if failure is None and any(f for f, _ in found):
+                failure = IOFailure("another rank found no text to go on with; its own log says why")
+        if why:
+            self._leave(why)
+        if failure is not None:
+            if self.loader.streams or self.world.size == 1:
+                self.save_checkpoint()
+                self.writer.wait()
+            raise failure
+        assert batch is not None
+        return batch
 
-    def _leave(self) -> NoReturn:
-        assert self._stop is not None
+    def _leave(self, why: int) -> None:
         self.save_checkpoint()
-        raise Stopped(f"stopped at step {self.state.step} by {signal.Signals(self._stop).name}; the same command resumes it")
+        self.writer.wait()
+        self.world.wait()  # torchrun ends the others as soon as one has left
+        self.stop.leave(why, self.state.step)
 
-    def train_step(self, batch: Batch) -> Metrics:
-        """One update. The loss is normalised by the whole batch's token weight, whatever the split into micro-batches.
+    def train_step(self, batch: Batch) -> Metrics | None:
+        """One update; None where the batch was passed over. The loss is normalised by the token weight of the whole batch, however split.
 
         Raises DivergedError before a loss or gradient that is not finite can touch the weights.
         """
-        weight = float(batch.targets.numel() if batch.weight is None else batch.weight.sum())
+        seed_step(self._dropout_seed, self.state.batch, self.world.rank)
+        weight = batch.token_weight
+        share = weight if batch.weight is None else sum(w for (w,) in self.world.gather(weight)) / self.world.size
         total = torch.zeros((), device=self.device)
-        for part in batch.split(self.micro_batch):
-            with autocast(self.device, self.config.hardware.precision):
-                loss = self.forward(part.to(self.device)) / weight
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        parts = batch.split(self.micro_batch)
+        for number, part in enumerate(parts, 1):
+            with self.strategy.accumulating(self._step, number == len(parts)):
+                with autocast(self.device, self.config.hardware.precision):
+                    loss = self.forward(part.to(self.device)) / (share or 1.0)
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         clip = self.config.trainer.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip > 0 else math.inf)
-        loss_value, norm_value = total.item(), norm.item()
-        # A scaled fp16 gradient may overflow: the scaler then skips the update itself.
-        if not math.isfinite(loss_value) or not (math.isfinite(norm_value) or self.scaler.is_enabled()):
-            what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else f"the gradient norm is {norm_value}"
-            kept = checkpoint.checkpoints(self.run.checkpoints)
-            raise DivergedError(
-                f"{what} at step {self.state.step + 1}; {f'{kept[0].name} is kept' if kept else 'no checkpoint had been saved yet'}; "
-                "a lower optimizer.learning_rate or a longer schedule.warmup would help"
-            )
+        norm = sharded.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip > 0 else math.inf)).item()
+        loss_value, bad_ranks = self._exchange(total.item())
+        told = self.guard.judge(loss_value, norm, bad_ranks)
+        if told is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            return None
         factor = self.schedule(self.state.step, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -184,11 +224,15 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         synchronise(self.device)
-        return {"train/loss": loss_value, "train/learning_rate": self.rates[0] * factor, "train/gradient_norm": norm_value}
+        return {"train/loss": loss_value, "train/learning_rate": self.rates[0] * factor, "train/gradient_norm": norm, **told}
 
-    def _forward(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.objective(self.model, batch)
-        return loss
+    def _exchange(self, loss: float) -> tuple[float, list[int]]:
+        """The batch's loss, and the ranks where it is not finite; and whether a rank wants to leave, and what rank 0's watch says."""
+        self.clock = time.perf_counter() - self._started
+        found = self.world.gather(loss, self.stop.asked, self.clock)
+        self._leaving = next((int(why) for _, why, _ in found if why), 0)
+        self.clock = found[0][2]
+        return sum(part for part, _, _ in found) / self.world.size, [r for r, (part, _, _) in enumerate(found) if not math.isfinite(part)]
 
     def record(self, measured: Metrics) -> None:
         """Write what was measured at this step to metrics.jsonl, the tracker and the terminal."""
@@ -204,46 +248,60 @@ class Trainer:
             callback.on_record(self, measured)
         line.update(measured)
         self.latest.update(line)
+        if "val/loss" in measured:
+            self.measured_on_held_out = (state.step, float(measured["val/loss"]))
         for sink in self._sinks:
             sink(line)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of this step."""
-        optimizer, tensors = checkpoint.pack_optimizer(self.optimizer)
-        state: dict[str, Any] = {"state": asdict(self.state), "optimizer": optimizer, "scaler": self.scaler.state_dict()}
-        checkpoint.save(self.run.checkpoints, self.state.step, self.model.state_dict(), state, tensors | checkpoint.pack_rng(self.device))
+        """Hand a checkpoint of this step to the writer; every rank calls it."""
+        optimizer, tensors = pack_optimizer(self.optimizer)
+        state: dict[str, Any] = {"state": self.state.to_json(), "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        step, loss = self.measured_on_held_out
+        metrics = {"val/loss": loss} if step == self.state.step else {}
+        self.writer.save(self.state.step, self.model.state_dict(), tensors, state, metrics)
 
     def resume(self) -> list[str]:
-        """Continue from the newest good checkpoint, if there is one. Returns what was wrong with newer ones."""
-        complaints: list[str] = []
-        found = checkpoint.newest_good(self.run.checkpoints, complaints)
+        """Continue from the checkpoint that trainer.resume names: `latest` is the newest good one, if there is one.
+
+        Returns what was wrong with newer ones. Raises CheckpointError for one that was named and is damaged.
+        """
+        self.passed = self.world.share(lambda: set(passed_batches(self.run)))
+        which, complaints = self.config.trainer.resume, list[str]()
+        found: Path | None = self.world.share(
+            lambda: checkpoint.newest_good(self.run.checkpoints, complaints)
+            if which == "latest"
+            else checkpoint.choose(self.run.checkpoints, which)
+        )
         if found is not None:
-            state, tensors = checkpoint.load_state(found)
-            self.model.load_state_dict(checkpoint.load_model(found))
-            checkpoint.unpack_optimizer(self.optimizer, state["optimizer"], tensors)
-            self.scaler.load_state_dict(state["scaler"]) if state["scaler"] else None
-            checkpoint.unpack_rng(tensors, self.device)
-            self.state = State(**state["state"])
+            self._restore(found)
         return complaints
+
+    def roll_back(self) -> None:
+        """Go back to the newest good checkpoint, with what has been logged since taken back. Raises DivergedError where there is none."""
+        self.writer.wait()
+        found: Path | None = self.world.share(lambda: checkpoint.newest_good(self.run.checkpoints))
+        if found is None:
+            raise DivergedError("no checkpoint is whole, so that there is none to go back to")
+        self._restore(found)
+        if self._metrics is not None:
+            self._metrics.rewind(self.state.step)
+
+    def _restore(self, found: Path) -> None:
+        state = checkpoint.load_state(found)
+        if self.strategy.sharded:
+            tensors = optimizer_targets(self.optimizer, sharded.shapes(found))
+            model = self.model.state_dict()
+            sharded.load_into(found, {**model, **tensors}, self.world.writers())
+        else:
+            model, tensors = checkpoint.load_tensors(found)
+        self.model.load_state_dict(model)
+        unpack_optimizer(self.optimizer, state["optimizer"], tensors)
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.state = State.from_json(state["state"])
+        self.writer.saved = self.state.step
 
     def _each(self, hook: str) -> None:
         for callback in self.callbacks:
             getattr(callback, hook)(self)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop is not None:  # a second signal leaves at once
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._stop = number
-        if self._waiting:
-            raise _Waiting
-
-
-class _Waiting(Exception):
-    """A signal came while the next batch was waited for."""
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,11 @@ from gptlab.config.schema import Config
 from gptlab.data.loader import Batch, held_out_batches
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.precision import autocast
+from gptlab.hardware.world import World
 from gptlab.model.transformer import Transformer
 from gptlab.tracker.protocol import Metrics
 
+ALONE = World()
 EVALUATION_TOKENS = 8192  # of one forward pass
 
 
@@ -41,10 +45,10 @@ class Sums:
         return found
 
 
-def measure(model: Transformer, data: Prepared, config: Config) -> Metrics:
-    """Every held-out set: `val/loss`, `val/NAME/loss`, … Of a mix, `val` is all its sources' sets together."""
+def measure(model: Transformer, data: Prepared, config: Config, world: World = ALONE) -> Metrics:
+    """Every held-out set: `val/loss`, `val/NAME/loss`, … Of a mix, `val` is all its sources' sets together. The ranks share the work."""
     found: Metrics = {}
-    parts = {name: held_out_sums(model, data, name, config) for name in data.validation_names if name != "val" or not data.parts}
+    parts = {name: held_out_sums(model, data, name, config, world) for name in data.validation_names if name != "val" or not data.parts}
     if data.parts:
         whole = Sums(0.0, 0, 0)
         for name in data.parts:
@@ -56,8 +60,8 @@ def measure(model: Transformer, data: Prepared, config: Config) -> Metrics:
 
 
 @torch.inference_mode()
-def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config) -> Sums:
-    """One set: logits in fp32, sums in float64 and whole numbers, never a mean of means."""
+def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config, world: World = ALONE) -> Sums:
+    """One set: logits in fp32, sums in float64 and whole numbers, never a mean of means. Each rank measures every so many-th batch."""
     was_training = model.training
     model.eval()
     device = model.embedding.weight.device
@@ -65,14 +69,26 @@ def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config)
     rows = max(1, EVALUATION_TOKENS // context)
     lengths = torch.from_numpy(data.byte_lengths)
     nats, tokens, size, correct = 0.0, 0, 0, 0
-    for batch in held_out_batches(data, name, context, config.data.validation_tokens, rows, documents=model.sees_documents):
+    batches = held_out_batches(data, name, context, config.data.validation_tokens, rows, documents=model.sees_documents)
+    for batch, counts in _dealt(batches, world):
         with autocast(device, config.hardware.precision):
             loss, right = _scored(model, batch.to(device), count_right=data.task is not None)
+        if not counts:
+            continue
         nats, correct = nats + loss, correct + right
         tokens += batch.tokens
         size += int(lengths[batch.targets].sum())
     model.train(was_training)
+    found = world.gather(nats, tokens, size, correct)
+    nats, tokens, size, correct = sum(r[0] for r in found), *(int(sum(r[i] for r in found)) for i in (1, 2, 3))
     return Sums(nats, tokens, size, correct if data.task is not None else None)
+
+
+def _dealt(batches: Iterator[Batch], world: World) -> Iterator[tuple[Batch, bool]]:
+    """The batches of this rank, and whether each counts: all ranks get equally many, since every pass gathers sharded parameters."""
+    while round_ := list(itertools.islice(batches, world.size)):
+        mine = world.rank < len(round_)
+        yield round_[world.rank if mine else 0], mine
 
 
 def _scored(model: Transformer, batch: Batch, *, count_right: bool) -> tuple[float, int]:

@@ -16,7 +16,8 @@ from rich.text import Text
 
 from gptlab.tracker.protocol import Metrics
 
-console = Console(stderr=False, highlight=False, soft_wrap=True)
+# Of torchrun's processes the first speaks; the others write what goes wrong to their own logs.
+console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ)
 
 
 SHOWN_EVERY, LINE_EVERY = 0.25, 10.0  # seconds

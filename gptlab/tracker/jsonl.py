@@ -15,12 +15,21 @@ class MetricsFile:
     """Appends lines, each written whole. `keep_to` drops what a resume will replay."""
 
     def __init__(self, file: Path, keep_to: int) -> None:
-        if file.exists():
-            kept = [line for line in read_metrics(file) if line.get("step", 0) <= keep_to]
-            partial = file.with_suffix(".part")
+        self._path = file
+        self._open(keep_to)
+
+    def _open(self, keep_to: int) -> None:
+        if self._path.exists():
+            kept = [line for line in read_metrics(self._path) if line.get("step", 0) <= keep_to]
+            partial = self._path.with_suffix(".part")
             partial.write_text("".join(_line(m) for m in kept), encoding="utf-8")
-            os.replace(partial, file)
-        self._file = file.open("a", encoding="utf-8")
+            os.replace(partial, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Take back the lines of all steps after this one: they will be trained again."""
+        self._file.close()
+        self._open(step)
 
     def write(self, metrics: Metrics) -> None:
         self._file.write(_line(metrics))
@@ -41,7 +50,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     lines: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():  # damaged bytes make no JSON, and their line is left out
         try:
             lines.append(json.loads(line))
         except ValueError:

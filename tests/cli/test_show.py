@@ -1,10 +1,9 @@
-"""`gptlab components`, `runs`, `compare` and `sample`."""
+"""`gptlab components`, `compare` and `sample`, and how a run is named."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -52,51 +51,6 @@ def test_the_contract_is_checked_on_a_users_component(gptlab: Command, tmp_path:
     assert failed.code == 1
     assert "✗" in failed.out
     assert "causal" in failed.out
-
-
-def test_runs_are_listed_shown_and_removed(gptlab: Command, identity: str) -> None:
-    listed = gptlab("runs", "list")
-    assert identity in listed.out
-    assert "done" in listed.out
-    assert identity in gptlab("runs", "list", "shown").out
-    assert gptlab("runs", "list", "shwn").code == 2
-    shown = gptlab("runs", "show", identity[:6])
-    assert "model/norm" in shown.out
-    assert "val/loss" in shown.out
-    assert gptlab("runs", "rm", identity, "--yes").code == 0
-    assert gptlab("runs", "show", identity).code == 2
-    assert "no runs yet" in gptlab("runs", "list").out
-
-
-def test_a_folder_that_is_no_run_of_ours_is_never_deleted(gptlab: Command, identity: str, tmp_path: Path) -> None:
-    stranger = tmp_path / "models" / "gpt2"
-    stranger.mkdir(parents=True)
-    (stranger / "config.json").write_text("{}")
-    (tmp_path / "models" / "weights.bin").write_text("w")
-    assert gptlab("runs", "rm", str(stranger), "--yes").code == 2
-    own = next(Path(os.environ["GPTLAB_RUNS"]).glob(f"*/*{identity}"))
-    copy = tmp_path / "models" / own.name
-    shutil.copytree(own, copy)
-    refused = gptlab("runs", "rm", str(copy), "--yes")
-    assert refused.code == 2
-    assert "does not lie in a study below" in refused.err
-    assert (tmp_path / "models" / "weights.bin").exists()
-    assert copy.exists()
-
-
-def test_removing_a_studys_last_own_run_keeps_what_it_shares(gptlab: Command, identity: str, corpus_file: Path) -> None:
-    for seed in ("0", "1"):
-        gptlab("train", *tiny(corpus_file, "study=other", f"seed={seed}", steps=4))
-    own = next((Path(os.environ["GPTLAB_RUNS"]) / "other").glob("*/done.json")).parent.name.rpartition("-")[2]
-    assert gptlab("runs", "rm", own, "--yes").code == 0
-    assert json.loads(gptlab("compare", "other", "--json").out)["rows"][0]["seeds"] == [0]
-
-
-def test_a_diverged_run_is_listed(gptlab: Command, corpus_file: Path) -> None:
-    gptlab("train", *tiny(corpus_file, "study=nan", "optimizer.learning_rate=1e30", "callbacks.evaluation.every=1", steps=6))
-    listed = gptlab("runs", "list")
-    assert listed.code == 0, listed.err
-    assert "failed" in listed.out
 
 
 def test_a_deleted_config_is_written_again(gptlab: Command, identity: str, corpus_file: Path) -> None:

@@ -48,7 +48,7 @@ class StopOnce(Callback):
     def on_step(self, trainer: Trainer) -> None:
         if trainer.state.step == self.step and not StopOnce.fired:
             StopOnce.fired = True
-            trainer._stop = 15
+            trainer.stop.ask(15)
 
 
 @pytest.fixture(autouse=True)
