@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from gptlab.config import registry
+from gptlab.runner.run import Run
+from tests.tiny import tiny
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 WORDS = [
@@ -39,6 +42,8 @@ WORDS = [
     "again",
 ]
 
+MEASURED_AND_SAVED = ("study=shown", "callbacks.checkpoint.every=4", "callbacks.checkpoint.best=false", "callbacks.evaluation.every=4")
+
 # One thread each: the tests run side by side, and their models are too small for two.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -56,7 +61,8 @@ def own_folders(home_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GPTLAB_HOME", str(home_folder))
     monkeypatch.setenv("GPTLAB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("GPTLAB_PLUGINS", raising=False)
+    for name in ("GPTLAB_PLUGINS", "PYTHONPATH"):  # --plugin adds to these, and a test's plugin is gone after it
+        monkeypatch.setenv(name, "" if name == "GPTLAB_PLUGINS" else os.environ.get(name, ""))
     cache = SHARED / "data" / "tiktoken_cache"
     if cache.is_dir():
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
@@ -120,3 +126,23 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "small.txt"
     file.write_text(sentences(200), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def trained_once(home_folder: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs with a run of twelve steps that is done, with the checkpoints of steps 8 and 12, measured at both."""
+    from gptlab import compose, train
+
+    folder = tmp_path_factory.mktemp("trained") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTLAB_HOME", str(home_folder))
+        patch.setenv("GPTLAB_RUNS", str(folder))
+        train(compose(tiny(corpus_file, *MEASURED_AND_SAVED)))
+    return folder
+
+
+@pytest.fixture
+def finished_run(trained_once: Path, tmp_path: Path) -> Run:
+    """A copy of that run, in this test's own folder of runs."""
+    shutil.copytree(trained_once, tmp_path / "runs")
+    return Run(next((tmp_path / "runs" / "shown").glob("*/done.json")).parent)

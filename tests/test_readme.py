@@ -24,9 +24,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every `gptlab …` line of the shell blocks, without its comment."""
+    """Every `gptlab …` and `torchrun …` line of the shell blocks, without its comment."""
     lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith("gptlab ")]
+    return [line for line in lines if line.startswith(("gptlab ", "torchrun "))]
 
 
 def test_nothing_is_left_to_fill_in_and_every_link_leads_somewhere() -> None:
@@ -71,6 +71,8 @@ def shortened(command: str, sample: Path) -> list[str]:
         words = [w.replace("100M", "600k") for w in words] + ["data.corpus.held_out=100k"]
     if words[:3] == ["gptlab", "bench", "train"]:
         words += ["--rounds", "1"]
+    if words[:3] == ["gptlab", "bench", "checkpoint"]:
+        words += ["--rounds", "1"] + (["--model", "nano"] if "--model" not in words else [])
     if words[:3] == ["gptlab", "bench", "data"]:
         words += ["--rounds", "1", "--megabytes", "4"]
     return words

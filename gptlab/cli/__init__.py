@@ -304,7 +304,7 @@ def main() -> None:
         if os.environ.get("GPTLAB_DEBUG"):
             raise
         rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
-        if str(error) and (rank == "0" or not error.everywhere):
+        if str(error) and (rank == "0" or not error.everywhere or _alone()):
             print(f"gptlab: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:
@@ -316,3 +316,15 @@ def main() -> None:
     except OSError as error:
         print(f"gptlab: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(74)
+
+
+def _alone() -> bool:
+    """Whether rank 0 has not come to the same error: when it ends, torchrun ends this rank too, without a word."""
+    import time
+
+    from gptlab.hardware.world import joined
+
+    if joined():  # all leave together, and rank 0 has said it
+        return False
+    time.sleep(5)
+    return True

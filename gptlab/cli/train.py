@@ -61,10 +61,12 @@ def train(arguments: Sequence[str]) -> int:
             raise Stopped(stopped[0]["message"])
         if results and results[0]["sweep"] and (launched() or World()).first:
             _after_sweep(results)
-        leave()
         for result in results:
-            if result["code"]:  # of a sweep they have been told, and its code is 1
-                raise ExitWith("", 1) if result["sweep"] else ExitWith(result["message"], result["code"])
+            if result["code"] and result["sweep"]:
+                raise ExitWith("", 1)  # they have been told
+            if result["code"]:
+                raise ExitWith(result["message"], result["code"], everywhere=result.get("everywhere", False))
+        leave()
         return 0
 
 
@@ -147,9 +149,9 @@ def _run_hydra(arguments: list[str]) -> None:
 class ExitWith(GptlabError):
     """An exit with a code of its own; an empty message has been said already."""
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, *, everywhere: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.everywhere = code, everywhere
 
 
 class _Leave(BaseException):
@@ -171,11 +173,14 @@ def task(composed: DictConfig) -> None:
         outcome = train_run(config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number)
     except GptlabError as error:
         stopped = isinstance(error, Stopped)
-        _note(state | {"state": "stopped" if stopped else "failed", "code": error.code, "message": str(error)})
+        told = {"code": error.code, "message": str(error), "everywhere": error.everywhere}
+        _note(state | told | {"state": "stopped" if stopped else "failed"})
         if stopped and str(job.launcher.get("_target_", "")).endswith("BasicLauncher"):
             raise _Leave from error  # elsewhere the job ends, and the others with it as they get the signal themselves
         if sweep and not stopped:
             say(("✗", "red"), f" {title}  {error}")
+        if sweep and (launched() or World()).size > 1 and not error.everywhere:
+            raise _Leave from error  # the other ranks wait for this one in the midst of a step: no further job can begin
         return
     except Requeued:
         raise  # the job has not ended

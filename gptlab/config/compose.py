@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, NoReturn, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -19,10 +20,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from gptlab.config.codec import options_in
 from gptlab.config.errors import ConfigError
-from gptlab.config.explain import check_overrides, explain, extra_key, short_key, wrong_key
+from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
 from gptlab.config.registry import check_choices, components, load_components
 from gptlab.config.schema import Config
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
@@ -78,6 +80,11 @@ def sweep_size(arguments: Sequence[str]) -> int | None:
             return None  # Hydra itself will say what is wrong
         loader = running.config_loader
     GlobalHydra.instance().clear()
+    try:
+        with without_environment():  # what a sweep's values hold becomes overrides, as plain text
+            OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
     multirun = composed.hydra.mode == RunMode.MULTIRUN or {"-m", "--multirun"} & set(arguments)
     if not multirun or not str(composed.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return None
@@ -95,10 +102,25 @@ def chosen(overrides: Sequence[str]) -> list[str]:
     return [f"{group}={option}" for group, option in sorted(choices.items()) if option and not str(group).startswith("hydra")]
 
 
+@contextlib.contextmanager
+def without_environment() -> Iterator[None]:
+    """In here a value that interpolates the environment is refused, however it is spelt and whichever file it stands in."""
+
+    def refuse(*given: str, _node_: Any) -> NoReturn:
+        raise ConfigError(environment_refused(str(_node_._get_full_key(None))))
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
 def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | None = None) -> Config:
     """The typed config of what Hydra composed, named after the overrides that set it apart."""
     try:
-        config = cast(Config, OmegaConf.to_object(composed))
+        with without_environment():
+            config = cast(Config, OmegaConf.to_object(composed))
     except OmegaConfBaseException as error:
         raise explain(error) from error
     except AttributeError as error:  # `+key=value` put a key into the tree that its class has not

@@ -28,11 +28,16 @@ def check_overrides(overrides: Iterable[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         if re.search(r"\$\{\s*oc\.env", override):
-            raise ConfigError(f"{key}: ${{oc.env:…}} would write the environment into the run; give the value itself")
+            raise ConfigError(environment_refused(key))
         group = key.lstrip("+~").partition("@")[0]
         if group in _groups() and re.fullmatch(r"null|true|false|[-+.\d_]+(e[-+]?\d+)?", value, re.IGNORECASE):
             options = _names(group)
             raise ConfigError(f"{group}={value}: {group} takes the name of an option{f': {_listed(options)}' if options else ''}")
+
+
+def environment_refused(key: str) -> str:
+    """The sentence for a value that interpolates the environment."""
+    return f"{key}: ${{oc.env:…}} would write the environment into the run; give the value itself"
 
 
 def _groups() -> list[str]:

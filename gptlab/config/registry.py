@@ -116,6 +116,8 @@ def _describe(slot: Slot, name: str, factory: Callable[..., Any]) -> Component:
                 raise ConfigError(f"{where}: the slot supplies {offers}, not {parameter.name!r}; options must be keyword-only (after `*`)")
             wiring.append(parameter.name)
             continue
+        if parameter.name == "name":
+            raise ConfigError(f"{where}: an option cannot be called 'name': in a run's config.json that is the component's own")
         if parameter.annotation is parameter.empty:
             raise ConfigError(f"{where}: option {parameter.name!r} needs a type annotation")
         annotation = parameter.annotation

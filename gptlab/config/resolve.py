@@ -152,7 +152,7 @@ def _check(config: Config) -> None:
         if seed is not None and not 0 <= seed < 1 << 63:
             raise ConfigError(f"{key}={seed} must be from 0 to 2^63 - 1")
     for key, value in (("study", config.study), ("name", config.name)):
-        if value in (".", "..") or any(c in value for c in "/\\\0\n") or (key == "study" and not value):
+        if value in (".", "..") or any(c in "/\\" or not c.isprintable() for c in value) or (key == "study" and not value):
             raise ConfigError(f"{key}={value!r} is the name of a folder: it cannot be empty, . or .., or hold a slash")
 
 

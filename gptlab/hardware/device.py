@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import platform
 import sys
@@ -78,14 +77,16 @@ def set_up(config: HardwareConfig) -> torch.device:
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """What `set_up` changes in here is as before afterwards, and the memory of what ended is free, for a sweep's next job."""
+    """What `set_up`, or a component that failed, changes in here is as before afterwards: a sweep's next job finds a clean process."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield
     finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
-        gc.collect()  # a trainer and what it holds refer to one another
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 

@@ -78,7 +78,9 @@ class DDP:
         # Buffers are constants of the model, and gradients are freed after each step: neither need be sent or copied.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the option's new name is not in every torch we allow
-            return DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                step, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=_has_unused(step.get_submodule("model"))
+            )
 
     def accumulating(self, step: nn.Module, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync()
@@ -127,6 +129,19 @@ def _met(name: str, timeout: float) -> World:
             "for one process use hardware/strategy=single"
         )
     return join(timeout)
+
+
+def _has_unused(model: nn.Module) -> bool:
+    """Whether a parameter has no part in the model's output, as the norm before ffn=none: ddp else waits for its gradient for ever."""
+    output = model(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    used, seen, ahead = set[int](), set[Any](), [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            used.add(id(getattr(node, "variable", None)))
+            ahead += [before for before, _ in node.next_functions]
+    return any(id(p) not in used for p in model.parameters() if p.requires_grad)
 
 
 def _positive(timeout: float) -> float:

@@ -15,6 +15,7 @@ from gptlab.config.errors import GptlabError, IOFailure
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # for text to be prepared; a rank that dies meanwhile is noticed at once
+END = timedelta(minutes=20)  # beyond a step's time-out: rank 0 may still bring its mirror up to date
 _GROUPS: dict[str, Any] = {}  # of this process: made once, used by every run of a sweep
 
 
@@ -74,17 +75,19 @@ class World:
         with reached("word from rank 0"):
             dist.broadcast_object_list(told, src=0, group=_GROUPS["patient"] if patient else None)
         if failure is not None:
+            if isinstance(failure, GptlabError):
+                failure.everywhere = True
             raise failure
         if told[1] is not None:
             raise ElsewhereFailed(*told[1])
         found: T = told[0]
         return found
 
-    def wait(self) -> None:
-        """Wait, patiently, until every rank is here. Raises LostRank."""
+    def wait(self, *, patient: bool = False) -> None:
+        """Wait until every rank is here: at the end of a run, or (`patient`) for text to be prepared. Raises LostRank."""
         if self.size > 1:
             with reached("the other ranks"):
-                dist.barrier(group=_GROUPS["patient"])
+                dist.barrier(group=_GROUPS["patient" if patient else "end"])
 
     def writers(self) -> Any:
         """The process group of the threads that write checkpoints; None for one rank."""
@@ -107,7 +110,7 @@ class reached:
 
 def lost(error: BaseException, what: str) -> LostRank:
     """The error of a collective as a sentence."""
-    words = " ".join(str(error).split()).rpartition("] ")[2][:160]
+    words = " ".join(str(error).split()).rpartition("] ")[2].partition(". This is typically")[0][:160]  # less gloo's guess
     return LostRank(f"another rank died or did not answer in time ({what}: {words}); the same command goes on from the last checkpoint")
 
 
@@ -127,6 +130,11 @@ def launched() -> World | None:
     return World(*(int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))))
 
 
+def joined() -> bool:
+    """Whether this process has met the other ranks."""
+    return bool(_GROUPS)
+
+
 def join(timeout: float) -> World:
     """Meet the other ranks, once a process; `timeout` (minutes) is how long a collective waits. Raises LostRank."""
     world = launched()
@@ -138,13 +146,15 @@ def join(timeout: float) -> World:
     with reached(f"meeting {world.size} ranks"):
         dist.init_process_group(backend, timeout=limit)
         _GROUPS["patient"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _GROUPS["end"] = dist.new_group(backend="gloo", timeout=limit + END)
         _GROUPS["writers"] = dist.new_group(backend="gloo", timeout=limit)
     return world
 
 
 def leave() -> None:
-    """Part from the other ranks in order, at the end of a process that went well."""
+    """Part from the other ranks in order, at the end of a process that went well. Raises LostRank."""
     if _GROUPS:
-        dist.barrier(group=_GROUPS["patient"])
+        with reached("the end of the other ranks"):
+            dist.barrier(group=_GROUPS["end"])
         _GROUPS.clear()
         dist.destroy_process_group()

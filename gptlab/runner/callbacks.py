@@ -73,7 +73,7 @@ class Checkpoint(Callback):
         self._last = trainer.clock
         folder, writer = trainer.run.checkpoints, trainer.writer
         writer.background = self.background
-        self._lowest = trainer.world.share(lambda: checkpoint.lowest_loss(folder)) if self.best else -math.inf
+        self._lowest = trainer.world.share(lambda: checkpoint.lowest_loss(folder, trainer.state.step)) if self.best else -math.inf
 
         def clean(made: Path) -> None:
             checkpoint.clean(folder, checkpoint.step_of(made), keep=self.keep, keep_every=self.keep_every, best=self.best)

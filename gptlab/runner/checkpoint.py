@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptlab.config.errors import CheckpointError, IOFailure
 from gptlab.data.shard import file_hash
@@ -30,6 +31,7 @@ from gptlab.runner import sharded
 FORMAT = 1
 _NAME = re.compile(r"^step-(\d{9})$")
 MODEL, STATE, DATA, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
+_STATE_KEYS = {"state": {"step"}, "optimizer": {"groups", "scalars"}, "scaler": set[str]()}  # of state.json
 OPTIMIZER = "optimizer."  # begins the names of the optimizer's tensors; no module of a model is called so
 
 
@@ -75,7 +77,7 @@ def save(
             (temporary / DATA).write_text(json.dumps(state) + "\n", encoding="utf-8")
             hashes[DATA] = _settled(temporary / DATA)
             manifest = {"format": FORMAT, "step": step, "files": dict(sorted(hashes.items())), "metrics": dict(metrics or {})}
-            (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1) + "\n", encoding="utf-8")
             _sync(temporary / MANIFEST)
             if final.exists():  # of the same step, from before it was trained again
                 shutil.rmtree(replaced, ignore_errors=True)
@@ -91,6 +93,11 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, so that it notices damage to itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _settled(file: Path) -> dict[str, Any]:
@@ -156,12 +163,15 @@ def checkpoints(folder: Path) -> list[Path]:
 def clean(folder: Path, step: int, *, keep: int, keep_every: int = 0, best: bool = False) -> None:
     """Once the checkpoint of `step` is durable, delete all but the newest `keep`, every `keep_every`-th step and the `best` one.
 
-    Later steps go too: they are of a past that was gone back on.
+    One that is cut or incomplete does not count among the `keep`. Later steps go too: they are of a past that was gone back on.
     """
     found = checkpoints(folder)
-    stay = set([c for c in found if step_of(c) <= step][:keep])
-    stay |= {c for c in found if keep_every and step_of(c) % keep_every == 0 and step_of(c) <= step}
-    stay |= {c for c in [best_of(folder)] if best and c is not None}
+    past = [c for c in found if step_of(c) <= step]
+    whole = [c for c in past if problem(c, hashes=False) is None]
+    oldest = whole[min(keep, len(whole)) - 1] if whole else None
+    stay = {c for c in past if oldest is None or step_of(c) >= step_of(oldest)}
+    stay |= {c for c in past if keep_every and step_of(c) % keep_every == 0}
+    stay |= {c for c in [best_of(folder, step)] if best and c is not None}
     for old in found:
         if old not in stay:
             shutil.rmtree(old)
@@ -182,28 +192,34 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
         told = found.get("format") if isinstance(found, dict) else found
         raise CheckpointError(f"its manifest has format {told!r}; this gptlab reads {FORMAT}")
+    seal = found.pop("sha256", None)  # absent from those of an older gptlab
+    if (seal is not None and seal != _seal(found)) or not found.keys() <= {"format", "step", "files", "metrics"}:
+        raise CheckpointError("its manifest is not the one that was written (sha256)")
     return found
 
 
-def problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if every file matches its hash."""
+def problem(checkpoint: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint; None if every file matches its hash. Without `hashes`: its size, which costs nothing."""
     try:
         files = manifest_of(checkpoint)["files"]
     except CheckpointError as error:
         return str(error)
     if DATA not in files or not any(name.endswith(".safetensors") for name in files):
         return "its manifest names no state and no weights"
+    strange = sorted(f.name for f in checkpoint.glob("*.safetensors") if f.name not in files)
+    if strange:  # a reader of shards would take it for one
+        return f"{strange[0]} is not in its manifest"
     with ThreadPoolExecutor(4) as pool:  # hashing runs beside hashing
-        return next((p for p in pool.map(lambda item: _file_problem(checkpoint / item[0], item[1]), files.items()) if p), None)
+        return next((p for p in pool.map(lambda item: _file_problem(checkpoint / item[0], item[1], hashes), files.items()) if p), None)
 
 
-def _file_problem(file: Path, expected: Mapping[str, Any]) -> str | None:
+def _file_problem(file: Path, expected: Mapping[str, Any], hashes: bool) -> str | None:
     try:
         if not file.is_file():
             return f"{file.name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{file.name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if file_hash(file) != expected["sha256"]:
+        if hashes and file_hash(file) != expected["sha256"]:
             return f"{file.name} is not the file that was written (sha256)"
     except (OSError, KeyError, TypeError) as error:
         return f"{file.name} cannot be checked ({error})"
@@ -221,10 +237,10 @@ def newest_good(folder: Path, complaints: list[str] | None = None) -> Path | Non
     return None
 
 
-def best_of(folder: Path) -> Path | None:
-    """The checkpoint with the lowest held-out loss among those that were measured; None if there is none. Hashes are not looked at."""
+def best_of(folder: Path, until: float = math.inf) -> Path | None:
+    """The checkpoint (`until` a step) with the lowest held-out loss; None if none was measured. Hashes are not looked at."""
     found: list[tuple[float, Path]] = []
-    for checkpoint in checkpoints(folder):
+    for checkpoint in (c for c in checkpoints(folder) if step_of(c) <= until):
         with contextlib.suppress(CheckpointError):
             loss = manifest_of(checkpoint).get("metrics", {}).get("val/loss")
             if isinstance(loss, float):
@@ -232,14 +248,14 @@ def best_of(folder: Path) -> Path | None:
     return min(found)[1] if found else None
 
 
-def lowest_loss(folder: Path) -> float:
-    """The held-out loss of the best checkpoint; infinity if there is none."""
-    found = best_of(folder)
+def lowest_loss(folder: Path, until: float = math.inf) -> float:
+    """The held-out loss of the best checkpoint (`until` a step); infinity if there is none."""
+    found = best_of(folder, until)
     return math.inf if found is None else float(manifest_of(found)["metrics"]["val/loss"])
 
 
 def choose(folder: Path, which: str = "latest", complaints: list[str] | None = None) -> Path:
-    """A run's checkpoint: `latest` (the newest whose hashes match), `best` (lowest held-out loss), a step, or a checkpoint's folder.
+    """A run's checkpoint: `latest` (the newest whose hashes match), `best` (lowest held-out loss), a step, or a folder or its name.
 
     Raises CheckpointError when it is not there or damaged; of `latest`, when every one is.
     """
@@ -259,7 +275,7 @@ def choose(folder: Path, which: str = "latest", complaints: list[str] | None = N
         if not found.is_dir():
             raise CheckpointError(f"{folder} holds no checkpoint of step {which}; there are {', '.join(steps) or 'none'}")
     else:
-        found = Path(which)
+        found = folder / which if _NAME.match(which) else Path(which)
         if not found.is_dir() or found.resolve().parent != folder.resolve():
             there = ", ".join(steps) or "none"
             raise CheckpointError(f"{which} is no checkpoint of this run: give latest, best, one of its steps ({there}) or its folder")
@@ -275,21 +291,47 @@ def require_good(folder: Path) -> Path:
 
 
 def load_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's weights and the optimizer's tensors, whole, on the CPU."""
+    """The model's weights and the optimizer's tensors, whole, on the CPU. Raises CheckpointError for files that hold no tensors."""
     if not sharded.is_sharded(checkpoint):
-        return load_file(checkpoint / MODEL), load_file(checkpoint / STATE)
-    whole = sharded.load_whole(checkpoint)
+        return _tensors(checkpoint / MODEL), _tensors(checkpoint / STATE)
+    with _readable(checkpoint):
+        whole = sharded.load_whole(checkpoint)
     return {k: v for k, v in whole.items() if not k.startswith(OPTIMIZER)}, {k: v for k, v in whole.items() if k.startswith(OPTIMIZER)}
 
 
 def load_model(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights, whole, on the CPU."""
-    return load_file(checkpoint / MODEL) if not sharded.is_sharded(checkpoint) else load_tensors(checkpoint)[0]
+    """The model's weights, whole, on the CPU. Raises CheckpointError for files that hold no tensors."""
+    return _tensors(checkpoint / MODEL) if not sharded.is_sharded(checkpoint) else load_tensors(checkpoint)[0]
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    with _readable(file):
+        return load_file(file)
+
+
+@contextlib.contextmanager
+def _readable(what: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, FileNotFoundError, ValueError) as error:  # the hashes match: somebody wrote it so
+        raise CheckpointError(f"{what} is no file of a checkpoint's ({' '.join(str(error).split())[:200]})") from error
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], where: Path | str) -> None:
+    """Give a model its weights. Raises CheckpointError where they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where} does not fit its config.json: {' '.join(str(error).split())[:300]}") from error
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state."""
-    found: dict[str, Any] = json.loads((checkpoint / DATA).read_text(encoding="utf-8"))
+    """The JSON state. Raises CheckpointError for what gptlab has not written."""
+    with _readable(checkpoint / DATA):
+        found: dict[str, Any] = json.loads((checkpoint / DATA).read_text(encoding="utf-8"))
+        for key, inner in _STATE_KEYS.items():
+            if not isinstance(found, dict) or not isinstance(found.get(key), dict) or not inner <= found[key].keys():
+                raise ValueError(f"{key} is not as gptlab writes it")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Guard:
     """Decides on each step, with what all ranks know, whether its update is made. Acts as trainer.on_nonfinite and skip_spikes say."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+        self.trainer: Trainer = weakref.proxy(trainer)  # which holds this: a circle would keep a failed job in memory
 
     def judge(self, loss: float, norm: float, bad_ranks: list[int]) -> Metrics | None:
         """None: the batch is passed over, and the state is as before it (or as in the last checkpoint). Else what there is to tell.
@@ -90,7 +91,9 @@ class Guard:
             )
         self._pass_over(what, bad_ranks)
         if mode == "rollback":
-            trainer.roll_back()
+            from gptlab.runner.resume import roll_back  # which knows the trainer, that knows this
+
+            roll_back(trainer)
             self._say(f"went back to step {trainer.state.step}")
 
     def _pass_over(self, what: str, bad_ranks: list[int]) -> None:

@@ -16,7 +16,7 @@ from gptlab.data.tokenizer import Tokenizer, from_json
 from gptlab.generate.sampling import check_settings, generate
 from gptlab.model.linear import undrawn
 from gptlab.model.transformer import Transformer
-from gptlab.runner.checkpoint import choose, load_model
+from gptlab.runner.checkpoint import choose, fill, load_model
 from gptlab.runner.export import read_export
 from gptlab.runner.run import Run, find_run
 
@@ -66,8 +66,5 @@ def load(run: str | Run, *, checkpoint: str = "latest", device: str = "cpu") -> 
 def _filled(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor], where: str) -> Transformer:
     with undrawn():
         model = Transformer(config.model, tokenizer.vocabulary)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{where} does not fit its config: {' '.join(str(error).split())[:300]}") from error
+    fill(model, weights, where)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import traceback
 import warnings
 from types import TracebackType
@@ -30,8 +32,12 @@ class Log:
         self.file = run.directory / ("log.txt" if self.world.first else f"log.{self.world.rank}.txt")
 
     def __enter__(self) -> None:
-        self._show = warnings.showwarning
+        self._before = warnings.catch_warnings()  # filters that a component sets are gone with its run
+        self._before.__enter__()
         warnings.showwarning = self._warn  # type: ignore[assignment]
+        if not self.world.first:  # rank 0 tells on the terminal what it does
+            hardware = self.trainer.device
+            self._append(f"rank {self.world.rank} of {self.world.size}: process {os.getpid()} on {socket.gethostname()}, {hardware}\n")
 
     def _warn(self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
         self._append(f"{category.__name__}: {message} ({filename}:{lineno})\n")
@@ -43,7 +49,7 @@ class Log:
             log.write(f"{now()} {text}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        warnings.showwarning = self._show
+        self._before.__exit__(kind, error, trace)
         if error is None or not isinstance(error, Exception | SystemExit):
             return
         if isinstance(error, Stopped | Requeued):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptlab.config.errors import CheckpointError
 from gptlab.runner.checkpoint import OPTIMIZER
 from gptlab.runner.guard import Losses
 
@@ -36,8 +37,11 @@ class State:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> State:
-        """Read what `to_json` wrote; one from before batches were counted apart had passed none over."""
-        return State(**{**data, "batch": data.get("batch", data["step"]), "losses": Losses(**data.get("losses", {}))})
+        """Read what `to_json` wrote; one from before batches were counted apart had passed none over. Raises CheckpointError."""
+        try:
+            return State(**{**data, "batch": data.get("batch", data["step"]), "losses": Losses(**data.get("losses", {}))})
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint's state is not one that this gptlab knows ({error})") from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:

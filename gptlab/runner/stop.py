@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from gptlab.config.errors import Stopped
+from gptlab.hardware.world import World, launched
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 TIME_LIMIT = -1  # in the place of a signal's number
@@ -27,10 +27,10 @@ class Requeued(SystemExit):
 
 
 class Stop:
-    """Catches signals while it is entered, and knows the time limit (seconds, counted by `clock`)."""
+    """Catches signals while it is entered, and knows the time limit (seconds, counted by `clock`, which its owner sets)."""
 
-    def __init__(self, limit: float, clock: Callable[[], float]) -> None:
-        self.limit, self.clock = limit, clock
+    def __init__(self, limit: float) -> None:
+        self.limit, self.clock = limit, 0.0
         self.waiting = False  # for text, where a signal need not wait for the step's end
         self._number = 0
         self._since = 0.0
@@ -44,6 +44,9 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if error is not None and self._previous and (launched() or World()).size > 1:
+            # torchrun sends SIGTERM as soon as another rank has ended: what happened here is still to be written down and told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def ask(self, number: int) -> None:
         """Ask to leave, as that signal would."""
@@ -52,7 +55,7 @@ class Stop:
     @property
     def asked(self) -> int:
         """0: nobody asked to leave; the number of the signal; TIME_LIMIT."""
-        return self._number or (TIME_LIMIT if self.clock() >= self.limit else 0)
+        return self._number or (TIME_LIMIT if self.clock >= self.limit else 0)
 
     def leave(self, why: int, step: int) -> NoReturn:
         """Leave after the checkpoint of a step, all ranks for one reason. A launcher that waits for this signal (submitit) gets it now."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import time
 import traceback
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from gptlab.runner.log import Log, memory_advice
 from gptlab.runner.mirror import Mirror
 from gptlab.runner.passed import PASSED
 from gptlab.runner.place import check_url
+from gptlab.runner.resume import resume
 from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
 from gptlab.runner.state import own_randomness
 from gptlab.runner.trainer import Trainer
@@ -37,6 +40,7 @@ from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.none import NoTracker
 from gptlab.tracker.protocol import Metrics, RunInfo
 
+_LAST: list[weakref.ref[Trainer]] = []  # the trainer of this process's last run: its memory is free before the next begins
 MIRROR_SECONDS, STOPPED_MIRROR_SECONDS = 600.0, 60.0  # that the end of a run waits for its mirror
 
 
@@ -59,6 +63,8 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     """
     started = time.perf_counter()
     with own_randomness(), restored():
+        if _LAST and _LAST.pop()() is not None:  # a failure's traceback, or a component, held it in a circle
+            gc.collect()
         resolved = resolve(config, machine())
         world = build(resolved.hardware.strategy).join()
         _check_model(resolved)
@@ -140,7 +146,9 @@ def _check_model(config: Config) -> None:
 
 def _built(config: Config, data: Prepared, run: Run, started: float) -> Trainer:
     try:
-        return Trainer(config, data, run, started)
+        made = Trainer(config, data, run, started)
+        _LAST.append(weakref.ref(made))
+        return made
     except (GptlabError, OSError):
         raise
     except Exception as error:  # a component of the user's may raise anything
@@ -170,7 +178,7 @@ def _prepare(config: Config, world: World) -> Prepared:
 
     world.share(first, patient=True)
     found = prepared()
-    world.wait()
+    world.wait(patient=True)
     return found
 
 
@@ -192,7 +200,7 @@ def _train(trainer: Trainer, title: str) -> Outcome:
     config, run, world = trainer.config, trainer.run, trainer.world
     if world.first:
         checkpoint.remove_partial(run.checkpoints)
-    complaints = trainer.resume()
+    complaints = resume(trainer)
     if world.first:
         _write_down(trainer)
     for complaint in complaints:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptlab.config.errors import ConfigError, DataError, DivergedError, IOFailure
+from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.config.registry import build
 from gptlab.config.resolve import parse_budget, parse_duration
 from gptlab.config.schema import Config
@@ -23,12 +22,11 @@ from gptlab.hardware.precision import autocast, scaler
 from gptlab.hardware.strategy import Strategy
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
 from gptlab.optimizer.groups import parameter_groups
-from gptlab.runner import checkpoint, sharded
+from gptlab.runner import sharded
 from gptlab.runner.callback import Callback
 from gptlab.runner.guard import Guard
-from gptlab.runner.passed import passed_batches
 from gptlab.runner.run import Run
-from gptlab.runner.state import State, optimizer_targets, pack_optimizer, seed_step, unpack_optimizer
+from gptlab.runner.state import State, pack_optimizer, seed_step
 from gptlab.runner.stop import Stop, Waiting
 from gptlab.runner.writer import Writer
 from gptlab.tracker.console import RunProgress
@@ -98,11 +96,11 @@ class Trainer:
         self.writer = Writer(run.checkpoints, self.world, shards=self.strategy.sharded)
         self.guard = Guard(self)
         self.passed = set[int]()  # batches that are not trained on
-        self.clock = 0.0  # seconds since `started`, by rank 0's watch: what all ranks decide by
         self._started = time.perf_counter() if started is None else started
-        self.stop = Stop(parse_duration(config.trainer.time_limit), lambda: self.clock)
+        self.stop = Stop(parse_duration(config.trainer.time_limit))
         self._leaving = 0  # why all ranks leave after this step; 0: they stay
-        self._metrics: MetricsFile | None = None
+        self._unwritten = list[int]()  # the ranks that could not write their part of a checkpoint
+        self.metrics: MetricsFile | None = None  # of rank 0, while it trains
         self._sinks: tuple[Callable[[Metrics], None], ...] = ()
 
     def train(self, metrics: MetricsFile | None, tracker: Tracker, progress: RunProgress) -> None:
@@ -110,7 +108,7 @@ class Trainer:
 
         Raises Stopped after a signal or the time limit (with a checkpoint), DivergedError before an update that is not finite.
         """
-        self._metrics = metrics
+        self.metrics = metrics
         self._sinks = () if metrics is None else (metrics.write, tracker.log, progress.update)
         started, wall, session_start = time.perf_counter(), self.state.wall, self.state.step
         self.model.train()
@@ -136,7 +134,8 @@ class Trainer:
                     if self.state.step % self.config.trainer.log_every == 0 or self.finished or "train/spike" in measured:
                         self.record(measured)
                     self._each("on_step")
-                self.writer.check()
+                if self._unwritten:
+                    self.writer.fail(self._unwritten)
                 why = self.stop.asked if self.world.size == 1 else self._leaving
                 if why and not self.finished:
                     self._leave(why)
@@ -144,6 +143,11 @@ class Trainer:
             self._each("on_end")
             self.writer.wait()
             self.state.wall = wall + time.perf_counter() - started
+
+    @property
+    def clock(self) -> float:
+        """Seconds since this session began, by rank 0's watch: what all ranks decide by."""
+        return self.stop.clock
 
     @property
     def finished(self) -> bool:
@@ -227,12 +231,13 @@ class Trainer:
         return {"train/loss": loss_value, "train/learning_rate": self.rates[0] * factor, "train/gradient_norm": norm, **told}
 
     def _exchange(self, loss: float) -> tuple[float, list[int]]:
-        """The batch's loss, and the ranks where it is not finite; and whether a rank wants to leave, and what rank 0's watch says."""
-        self.clock = time.perf_counter() - self._started
-        found = self.world.gather(loss, self.stop.asked, self.clock)
-        self._leaving = next((int(why) for _, why, _ in found if why), 0)
-        self.clock = found[0][2]
-        return sum(part for part, _, _ in found) / self.world.size, [r for r, (part, _, _) in enumerate(found) if not math.isfinite(part)]
+        """The batch's loss, and the ranks where it is not finite; beside these what all ranks must agree on before they go on."""
+        self.stop.clock = time.perf_counter() - self._started
+        parts, reasons, clocks, unwritten = zip(*self.world.gather(loss, self.stop.asked, self.stop.clock, self.writer.failed), strict=True)
+        self._leaving = next((int(why) for why in reasons if why), 0)
+        self._unwritten = [rank for rank, failed in enumerate(unwritten) if failed]
+        self.stop.clock = clocks[0]
+        return sum(parts) / self.world.size, [rank for rank, part in enumerate(parts) if not math.isfinite(part)]
 
     def record(self, measured: Metrics) -> None:
         """Write what was measured at this step to metrics.jsonl, the tracker and the terminal."""
@@ -260,47 +265,6 @@ class Trainer:
         step, loss = self.measured_on_held_out
         metrics = {"val/loss": loss} if step == self.state.step else {}
         self.writer.save(self.state.step, self.model.state_dict(), tensors, state, metrics)
-
-    def resume(self) -> list[str]:
-        """Continue from the checkpoint that trainer.resume names: `latest` is the newest good one, if there is one.
-
-        Returns what was wrong with newer ones. Raises CheckpointError for one that was named and is damaged.
-        """
-        self.passed = self.world.share(lambda: set(passed_batches(self.run)))
-        which, complaints = self.config.trainer.resume, list[str]()
-        found: Path | None = self.world.share(
-            lambda: checkpoint.newest_good(self.run.checkpoints, complaints)
-            if which == "latest"
-            else checkpoint.choose(self.run.checkpoints, which)
-        )
-        if found is not None:
-            self._restore(found)
-        return complaints
-
-    def roll_back(self) -> None:
-        """Go back to the newest good checkpoint, with what has been logged since taken back. Raises DivergedError where there is none."""
-        self.writer.wait()
-        found: Path | None = self.world.share(lambda: checkpoint.newest_good(self.run.checkpoints))
-        if found is None:
-            raise DivergedError("no checkpoint is whole, so that there is none to go back to")
-        self._restore(found)
-        if self._metrics is not None:
-            self._metrics.rewind(self.state.step)
-
-    def _restore(self, found: Path) -> None:
-        state = checkpoint.load_state(found)
-        if self.strategy.sharded:
-            tensors = optimizer_targets(self.optimizer, sharded.shapes(found))
-            model = self.model.state_dict()
-            sharded.load_into(found, {**model, **tensors}, self.world.writers())
-        else:
-            model, tensors = checkpoint.load_tensors(found)
-        self.model.load_state_dict(model)
-        unpack_optimizer(self.optimizer, state["optimizer"], tensors)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.state = State.from_json(state["state"])
-        self.writer.saved = self.state.step
 
     def _each(self, hook: str) -> None:
         for callback in self.callbacks:

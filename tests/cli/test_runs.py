@@ -12,34 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptlab import compose, load, train
+from gptlab import load
 from gptlab.runner import checkpoint
 from gptlab.runner.export import read_export
 from gptlab.runner.run import Run, locked
 from tests.cli.conftest import Command, Result
+from tests.conftest import MEASURED_AND_SAVED
 from tests.tiny import tiny
 
-OVERRIDES = ("study=shown", "callbacks.checkpoint.every=4", "callbacks.checkpoint.best=false", "callbacks.evaluation.every=4")
 FILES = ("manifest.json", "model.safetensors", "state.json", "state.safetensors")
 
 
-@pytest.fixture(scope="module")
-def trained_once(home_folder: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs with a run of twelve steps that is done, with the checkpoints of steps 8 and 12, measured at both."""
-    folder = tmp_path_factory.mktemp("trained") / "runs"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPTLAB_HOME", str(home_folder))
-        patch.setenv("GPTLAB_RUNS", str(folder))
-        found = train(compose(tiny(corpus_file, *OVERRIDES))).run
-    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(found.checkpoints)] == [12, 8]
-    return folder
-
-
 @pytest.fixture
-def run(trained_once: Path, tmp_path: Path) -> Run:
-    """A copy of that run."""
-    shutil.copytree(trained_once, tmp_path / "runs")
-    return Run(next((tmp_path / "runs" / "shown").glob("*/done.json")).parent)
+def run(finished_run: Run) -> Run:
+    """A run of this test's own to show, damage or export."""
+    return finished_run
 
 
 def told(result: Result, code: int, *parts: str) -> str:
@@ -87,7 +74,7 @@ def test_a_folder_that_is_no_run_of_ours_is_never_deleted(gptlab: Command, run: 
 
 def test_removing_a_studys_last_own_run_keeps_what_it_shares(gptlab: Command, run: Run, corpus_file: Path) -> None:
     for seed in ("0", "1"):
-        gptlab("train", *tiny(corpus_file, *OVERRIDES, "study=other", f"seed={seed}"))
+        gptlab("train", *tiny(corpus_file, *MEASURED_AND_SAVED, "study=other", f"seed={seed}"))
     own = next((Path(os.environ["GPTLAB_RUNS"]) / "other").glob("*/done.json")).parent.name.rpartition("-")[2]
     assert gptlab("runs", "rm", own, "--yes").code == 0
     assert json.loads(gptlab("compare", "other", "--json").out)["rows"][0]["seeds"] == [0]
@@ -262,7 +249,7 @@ def test_a_fetched_run_is_resumed_by_the_same_command(
     assert fetched.code == 0, fetched.err
     assert str(tmp_path / "elsewhere" / "shown" / run.directory.name) in fetched.out.replace("\n", "")
     assert "the command that trained it resumes it here" in fetched.out
-    resumed = gptlab("train", *tiny(corpus_file, *OVERRIDES))
+    resumed = gptlab("train", *tiny(corpus_file, *MEASURED_AND_SAVED))
     assert "resumed at step 8" in resumed.out
     here = tmp_path / "elsewhere" / "shown" / run.directory.name / "checkpoints" / "step-000000012"
     assert all(torch.equal(v, weights[k]) for k, v in checkpoint.load_model(here).items())

@@ -35,12 +35,12 @@ def _clean() -> Iterator[None]:
 
 
 def test_signature_becomes_typed_options() -> None:
-    def made(width: int, *, eps: float = 1e-6, name: str = "x", deep: bool = False, size: int | None = None, must: int) -> Any:
-        return width, eps, name, deep, size, must
+    def made(width: int, *, eps: float = 1e-6, label: str = "x", deep: bool = False, size: int | None = None, must: int) -> Any:
+        return width, eps, label, deep, size, must
 
     register("model/norm", "made")(made)
     found = component("model/norm", "made")
-    assert [f.name for f in fields(found.options)] == ["eps", "name", "deep", "size", "must"]
+    assert [f.name for f in fields(found.options)] == ["eps", "label", "deep", "size", "must"]
     assert issubclass(found.options, Norm)
     assert found.wiring == ("width",)
     options = found.options(must=3)  # type: ignore[call-arg]
@@ -90,6 +90,7 @@ def test_what_cannot_be_config_is_refused() -> None:
     def keywords(**kwargs: int) -> Any: ...
     def strange(*, x: complex = 1j) -> Any: ...
     def numbers(*, x: Literal[1, 2] = 1) -> Any: ...
+    def named(*, name: str = "mine") -> Any: ...
 
     for factory, said in (
         (unannotated, "option 'eps' needs a type annotation"),
@@ -97,6 +98,7 @@ def test_what_cannot_be_config_is_refused() -> None:
         (keywords, r"\*kwargs cannot become config"),
         (strange, "option 'x': .*complex.* cannot be config; use int, float"),
         (numbers, "a Literal must hold strings"),
+        (named, "an option cannot be called 'name'"),
     ):
         with pytest.raises(ConfigError, match=said):
             register("schedule", "made")(factory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,32 +22,18 @@ from gptlab.runner import export as module
 from gptlab.runner.environment import source_hash
 from gptlab.runner.export import export, read_export
 from gptlab.runner.run import Run
+from tests.conftest import MEASURED_AND_SAVED
 from tests.tiny import tiny
-
-OVERRIDES = ("study=shown", "callbacks.checkpoint.every=4", "callbacks.checkpoint.best=false", "callbacks.evaluation.every=4")
-
-
-@pytest.fixture(scope="module")
-def trained_once(home_folder: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of runs with a run of twelve steps that is done, with the checkpoints of steps 8 and 12, measured at both."""
-    folder = tmp_path_factory.mktemp("trained") / "runs"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPTLAB_HOME", str(home_folder))
-        patch.setenv("GPTLAB_RUNS", str(folder))
-        found = train(compose(tiny(corpus_file, *OVERRIDES))).run
-    assert [checkpoint.step_of(c) for c in checkpoint.checkpoints(found.checkpoints)] == [12, 8]
-    return folder
 
 
 @pytest.fixture
-def run(trained_once: Path, tmp_path: Path) -> Run:
-    """A copy of that run."""
-    shutil.copytree(trained_once, tmp_path / "runs")
-    return Run(next((tmp_path / "runs" / "shown").glob("*/done.json")).parent)
+def run(finished_run: Run) -> Run:
+    """A run of this test's own to show, damage or export."""
+    return finished_run
 
 
 def trained(corpus_file: Path, *more: str) -> Run:
-    return train(compose(tiny(corpus_file, *OVERRIDES, *more))).run
+    return train(compose(tiny(corpus_file, *MEASURED_AND_SAVED, *more))).run
 
 
 @pytest.mark.parametrize(
