@@ -16,7 +16,6 @@ from gptlab.config.errors import IOFailure
 from gptlab.hardware.world import World
 from gptlab.runner import checkpoint, sharded
 
-
 NICE = 15  # of the writing thread: it takes a twentieth of a core from training on the CPU, and all of one that is idle
 
 
