@@ -120,7 +120,7 @@ class Trainer:
                 before = time.perf_counter()
                 measured = self.train_step(self._next_batch())
                 seconds = time.perf_counter() - before
-                self.state.batch += measured is not None  # a batch that was passed over has been counted
+                self.state.batch += measured is not None  # one that was passed over is left out by `_next_batch` from now on
                 if measured is not None:
                     self.state.step += 1
                     self.state.tokens += self.batch_tokens
@@ -167,7 +167,7 @@ class Trainer:
         while self.state.batch in self.passed:
             self.state.batch += 1
         batch, failure, why = None, None, 0
-        self.stop.waiting = True
+        self.stop.waiting = self.loader.streams  # elsewhere a batch takes no time, and all ranks leave where the step ends
         try:
             batch = self.loader.batch(self.state.batch)
         except (DataError, IOFailure) as error:  # there is no text now; nothing of this step was done
