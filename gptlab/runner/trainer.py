@@ -219,6 +219,7 @@ class Trainer:
         loss_value, bad_ranks = self._exchange(total.item())
         told = self.guard.judge(loss_value, norm, bad_ranks)
         if told is None:
+            self.scaler.update()  # it has looked at these gradients, and would refuse the next ones
             self.optimizer.zero_grad(set_to_none=True)
             return None
         factor = self.schedule(self.state.step, self.total_steps)
