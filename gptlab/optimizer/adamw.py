@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
-from gptlab.optimizer.groups import Groups, torch_groups
+from gptlab.optimizer.groups import Groups, check_shares, torch_groups
 
 
 @register("optimizer", "adamw")
@@ -19,23 +18,15 @@ def adamw(
     beta2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    rates: dict[str, float] = {},  # noqa: B006, a config's default, copied for each
+    decays: dict[str, float] = {},  # noqa: B006
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019); fused where the device has it."""
-    check_rates(learning_rate, weight_decay)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            raise ConfigError(f"optimizer.{name}={beta} must be in [0, 1)")
+    check_shares(beta1=beta1, beta2=beta2)
     return torch.optim.AdamW(
-        torch_groups(groups, weight_decay),
+        torch_groups(groups, learning_rate, weight_decay, rates, decays),
         lr=learning_rate,
         betas=(beta1, beta2),
         eps=eps,
         fused=device.type in ("cpu", "cuda", "mps"),
     )
-
-
-def check_rates(learning_rate: float, weight_decay: float) -> None:
-    """Raise ConfigError for a rate no optimizer can use."""
-    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"optimizer.{name}={value} must be at least 0 and finite")

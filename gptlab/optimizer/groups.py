@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import suggest
+
+ROLES = ("matrix", "embedding", "head", "gain", "bias")
 DECAYED = ("matrix", "embedding", "head")  # gains and biases have few values and a natural size: decay would only shrink them
 
 Groups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, roles: dict[str, str]) -> Groups:
-    """One group a role: {"role", "params", "names"}, in a fixed order."""
+    """One group a role: {"role", "params", "names", "parts"}, in a fixed order. `parts`: the rows of each product that a matrix fuses."""
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in model.named_parameters():
-        group = groups.setdefault(roles[path], {"role": roles[path], "params": [], "names": []})
+        group = groups.setdefault(roles[path], {"role": roles[path], "params": [], "names": [], "parts": []})
+        fused: Mapping[str, int] = getattr(model.get_submodule(path.rpartition(".")[0]), "parts", {}) if parameter.dim() == 2 else {}
         group["params"].append(parameter)
         group["names"].append(path)
+        group["parts"].append(list(fused.values()) or [parameter.shape[0]])
     return [groups[role] for role in sorted(groups)]
 
 
-def torch_groups(groups: Groups, weight_decay: float) -> Groups:
-    """The groups for a torch optimizer, with weight decay where the role has it."""
-    return [{"params": g["params"], "weight_decay": weight_decay if g["role"] in DECAYED else 0.0} for g in groups]
+def torch_groups(
+    groups: Groups, learning_rate: float, weight_decay: float, rates: Mapping[str, float], decays: Mapping[str, float]
+) -> Groups:
+    """The groups for a torch optimizer, each with its rate and weight decay.
+
+    `rates`: role -> factor of the learning rate (1); `decays`: role -> weight decay (`weight_decay` where the role has it, else 0).
+    Raises ConfigError for a role that is none, and a rate no optimizer can use.
+    """
+    check_rates(learning_rate, weight_decay)
+    for option, values in (("rates", rates), ("decays", decays)):
+        for role, value in values.items():
+            if role not in ROLES:
+                raise ConfigError(f"optimizer.{option}.{role}: no such role{suggest(role, ROLES)}; there are {', '.join(ROLES)}")
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"optimizer.{option}.{role}={value} must be at least 0 and finite")
+    found = []
+    for group in groups:
+        decay = decays.get(group["role"], weight_decay if group["role"] in DECAYED else 0.0)
+        rate = learning_rate * rates.get(group["role"], 1.0)
+        found.append({"params": group["params"], "lr": rate, "weight_decay": decay, "role": group["role"]})
+    return found
+
+
+def check_rates(learning_rate: float, weight_decay: float) -> None:
+    """Raise ConfigError for a rate no optimizer can use."""
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"optimizer.{name}={value} must be at least 0 and finite")
+
+
+def check_shares(**values: float) -> None:
+    """Raise ConfigError for a momentum or decay of a running mean that is not in [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"optimizer.{name}={value} must be in [0, 1)")

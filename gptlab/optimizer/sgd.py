@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch.distributed.tensor import DTensor  # sharded parameters, for which torch has no fused step
 
-from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
-from gptlab.optimizer.adamw import check_rates
-from gptlab.optimizer.groups import Groups, torch_groups
+from gptlab.optimizer.groups import Groups, check_shares, torch_groups
 
 
 @register("optimizer", "sgd")
@@ -20,13 +18,13 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = True,
     weight_decay: float = 0.0,
+    rates: dict[str, float] = {},  # noqa: B006, a config's default, copied for each
+    decays: dict[str, float] = {},  # noqa: B006
 ) -> torch.optim.Optimizer:
     """Gradient descent with (Nesterov) momentum."""
-    check_rates(learning_rate, weight_decay)
-    if not 0 <= momentum < 1:
-        raise ConfigError(f"optimizer.momentum={momentum} must be in [0, 1)")
+    check_shares(momentum=momentum)
     return torch.optim.SGD(
-        torch_groups(groups, weight_decay),
+        torch_groups(groups, learning_rate, weight_decay, rates, decays),
         lr=learning_rate,
         momentum=momentum,
         nesterov=nesterov and momentum > 0,

@@ -73,6 +73,8 @@ class Trainer:
             config.optimizer, groups=parameter_groups(self.model, self.model.roles()), device=self.device
         )
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        # The rate that is shown: of the matrices, where the roles have rates of their own.
+        self._shown = next((i for i, g in enumerate(self.optimizer.param_groups) if g.get("role") == "matrix"), 0)
         self.schedule = build(config.schedule)
         self.scaler = scaler(self.device, config.hardware.precision)
         budget = parse_budget(config.trainer.budget)
@@ -229,7 +231,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         synchronise(self.device)
-        return {"train/loss": loss_value, "train/learning_rate": self.rates[0] * factor, "train/gradient_norm": norm, **told}
+        return {"train/loss": loss_value, "train/learning_rate": self.rates[self._shown] * factor, "train/gradient_norm": norm, **told}
 
     def _exchange(self, loss: float) -> tuple[float, list[int]]:
         """The batch's loss, and the ranks where it is not finite; beside these what all ranks must agree on before they go on."""

@@ -53,6 +53,12 @@ def test_the_rate_never_rises_after_the_warm_up(name: str) -> None:
     assert all(a >= b for a, b in pairwise(factor(step, TOTAL) for step in range(WARMUP, TOTAL + 20)))
 
 
+def test_inverse_sqrt_halves_when_the_steps_are_four_times_the_warm_ups() -> None:
+    factor = schedule("inverse_sqrt", warmup=99)
+    assert factor(399, TOTAL) == pytest.approx(0.5)
+    assert factor(399, TOTAL) == factor(399, 100 * TOTAL), "it does not know where the run ends"
+
+
 @pytest.mark.parametrize(("name", "end"), [("cosine", 0.1), ("linear", 0.0), ("wsd", 0.0), ("constant", 1.0)])
 def test_the_rate_at_the_end_and_beyond(name: str, end: float) -> None:
     factor = schedule(name)
