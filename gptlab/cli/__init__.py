@@ -32,6 +32,9 @@ app.add_typer(components_app, name="components")
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A directory, an identity, a unique prefix, or `latest`.")]
 
 CheckpointOption = Annotated[str, typer.Option(help="latest, best, a step or a checkpoint's folder.", metavar="WHICH")]
+WeightsOption = Annotated[
+    str, typer.Option(help="trained, average (of callback=ema or optimizer=schedule_free), or what the run is used with.", metavar="WHICH")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -88,9 +91,27 @@ def train(
 
 
 @app.command()
+def cooldown(
+    run: RunArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OVERRIDE]…", help="What is to differ: study=NAME, schedule.shape=sqrt, tracker=none, …"),
+    ] = None,
+    at: Annotated[str, typer.Option(help="Steps, comma-separated; or latest, best, or all that are kept.")] = "latest",
+    length: Annotated[str, typer.Option(help="Beyond each: a share of the steps before, or 100steps, 1Mtokens, 2min.")] = "20%",
+    rerun: Annotated[bool, typer.Option("--rerun", help="Train again what is done.")] = False,
+) -> None:
+    """Cool a run at a constant rate down from its checkpoints: a finished model from each."""
+    from gptlab.cli.cooldown import cooldown as cool
+
+    raise typer.Exit(cool(run, at=at, length=length, overrides=overrides or [], rerun=rerun))
+
+
+@app.command()
 def compare(
     study: Annotated[str, typer.Argument(help="The study to compare.")],
     baseline: Annotated[str | None, typer.Option(help="The arm the others are compared with; the first, unless named.")] = None,
+    target: Annotated[float | None, typer.Option(help="A loss: test whether each arm's mean is at most that.", metavar="LOSS")] = None,
     as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A markdown table.")] = False,
     png: Annotated[Path | None, typer.Option(help="Save the loss curves here.", metavar="FILE")] = None,
@@ -98,7 +119,7 @@ def compare(
     """Compare the arms of a study: each against the baseline, on paired seeds."""
     from gptlab.cli.show import compare as show
 
-    show(study, baseline=baseline, as_json=as_json, as_markdown=as_markdown, png=png)
+    show(study, baseline=baseline, target=target, as_json=as_json, as_markdown=as_markdown, png=png)
 
 
 @app.command()
@@ -110,11 +131,13 @@ def sample(
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 50,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = "default",
 ) -> None:
     """Let a trained run write."""
     from gptlab.runner.load import load
 
-    made = load(run, checkpoint=checkpoint).sample(prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    loaded = load(run, checkpoint=checkpoint, weights=weights)
+    made = loaded.sample(prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
     print(prompt.lstrip("\n") + made)
 
 
@@ -188,26 +211,37 @@ def export(
     to: Annotated[str, typer.Option(help="The format: safetensors.")] = "safetensors",
     output: Annotated[Path | None, typer.Option(help="Unless named: the run's folder name, here.", metavar="FILE")] = None,
     checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = "default",
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
 ) -> None:
     """Write a run to one file, its config and tokeniser inside."""
     from gptlab.cli.runs import export as write
 
-    write(run, to=to, output=output, which=checkpoint, dtype=dtype, force=force)
+    write(run, to=to, output=output, which=checkpoint, weights=weights, dtype=dtype, force=force)
 
 
 @bench_app.command("train")
 def bench_train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OVERRIDE]…",
+            help="As for train: optimizer=muon, hardware.compile=true, experiment=NAME, …",
+            autocompletion=_complete_overrides,
+        ),
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="A nanoGPT checkout to time in turn.", metavar="FOLDER")] = None,
-    model: Annotated[str, typer.Option(help="The recipe to time: nano or char for a nanoGPT setting.")] = "nano",
+    model: Annotated[
+        str | None, typer.Option(help="The recipe to time: nano (unless named) or char for a nanoGPT setting.", show_default=False)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 7,
     as_json: JsonOption = False,
 ) -> None:
-    """Time our training step, and that of a nanoGPT checkout in the same run."""
+    """Time our training step, by phase and by operator, and that of a nanoGPT checkout in the same run."""
     from gptlab.cli.bench import train as bench
 
-    bench(against, model=model, rounds=rounds, as_json=as_json)
+    bench(against, overrides=overrides or [], model=model, rounds=rounds, as_json=as_json)
 
 
 @bench_app.command("data")

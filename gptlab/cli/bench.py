@@ -1,4 +1,4 @@
-"""`gptlab bench train`: our training step on this machine, and in turn with it that of a nanoGPT checkout the user names."""
+"""`gptlab bench train`: our training step on this machine and its parts, in turn with it that of a nanoGPT checkout the user names."""
 
 from __future__ import annotations
 
@@ -9,20 +9,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.table import Table
 
+from gptlab.cli.bench_parts import breakdown
+from gptlab.cli.bench_parts import show as show_parts
+from gptlab.config import compose as composing
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
-from gptlab.config.registry import build
+from gptlab.config.explain import check_overrides, explain
+from gptlab.config.registry import build, component, component_of
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
+from gptlab.config.slots import Tracker
+from gptlab.config.sources import config_dir
 from gptlab.data.prepare import prepare
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import machine
@@ -37,28 +50,40 @@ SETTINGS = {
     "nano": ("trainer.batch_tokens=768", "model.bias=false", "model/ffn=gelu_exact"),
     "char": ("trainer.batch_tokens=16384", "model/ffn=gelu_exact"),
 }
-ROUND_SECONDS, WARMUP_STEPS = 3.0, 3
+ROUND_SECONDS, ALONE_SECONDS, WARMUP_STEPS = 3.0, 2.0, 3  # of a round, beside nanoGPT and without it
+TRACKED_STEPS = 200, 20  # of a small model, and of one above LARGE parameters
+LARGE = 2_000_000
+BUDGET = "1000000steps"  # so many that no schedule ends while its steps are timed
 
 
-def train(against: Path | None, *, model: str, rounds: int, as_json: bool) -> None:
-    """Time steps of ours (and of nanoGPT's model in nanoGPT's loop) round by round in turn, and print medians and their ratio."""
+def train(against: Path | None, *, overrides: Sequence[str] = (), model: str | None = None, rounds: int = 7, as_json: bool = False) -> None:
+    """Time steps of ours and of nanoGPT's model in nanoGPT's loop, round by round in turn; print medians, their ratio, our step's parts.
+
+    `overrides` are those of `gptlab train`; of a sweep the first point is timed.
+    """
     if rounds < 1:
         raise ConfigError(f"--rounds {rounds} must be at least 1")
-    overrides = [f"model={model}", *SETTINGS.get(model, ()), "tracker=none", "trainer.budget=1000000steps"]
-    base = compose(overrides)
+    name, settings, note = _settings(overrides, model)
+    composed = compose(settings)
+    base = replace(composed, tracker=_tracker("none"), trainer=replace(composed.trainer, budget=BUDGET))
     data = prepare(base.data)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gptlab-bench-"))
-        config = resolve(base, machine())
+        # The bare step has none of the callbacks, but for one that averages the weights after each update: that is part of a recipe.
+        averaging = {k: v for k, v in base.callbacks.items() if getattr(component_of(v).factory, "makes_average", False)}
+        config = resolve(replace(base, callbacks=averaging), machine())
         trainer = Trainer(config, data, Run(Path(folder)))
-        steppers: dict[str, Callable[[int], float]] = {f"gptlab {config.hardware.precision}": _ours(trainer)}
+        steps = _ours(trainer)
+        ours = f"gptlab {config.hardware.precision}"
+        steppers: dict[str, Callable[[int], float]] = {ours: steps}
         if against is not None:
-            for precision in ("fp32", "bf16") if config.hardware.precision == "bf16" else ("fp32",):
+            for precision in _precisions(config):
                 steppers[f"nanoGPT {precision}"] = stack.enter_context(_nanogpt(against, config, data, precision))
-        times = _alternate(steppers, rounds)
+        times = _alternate(steppers, rounds, ALONE_SECONDS if against is None else ROUND_SECONDS)
         report: dict[str, Any] = {
-            "model": model,
-            "settings": overrides,
+            "model": name,
+            "settings": settings,
+            "note": note,
             "device": str(trainer.device),
             "threads": torch.get_num_threads(),
             "tokens_per_step": trainer.batch_tokens,
@@ -68,12 +93,78 @@ def train(against: Path | None, *, model: str, rounds: int, as_json: bool) -> No
         }
         if against is not None:
             report["ratio"] = _ratio(times)
-        report["tracking_share"] = _tracking_share(compose([*overrides, "tracker=offline"]), data, Path(folder), trainer)
-    print(json.dumps(report, indent=1)) if as_json else _show(report)
+        report["breakdown"] = breakdown(trainer, steps)
+        report["tracking_share"] = _tracking_share(base, data, Path(folder), trainer)
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    _show(report)
+    show_parts(report["breakdown"], report["tokens_per_second"][ours])
+
+
+def _settings(overrides: Sequence[str], model: str | None) -> tuple[str, list[str], str]:
+    """What is timed, the overrides that make it, and a note for the user. Raises ConfigError where there is no one setting to time.
+
+    Beside a recipe that nanoGPT publishes a setting for, that setting comes first and what the user gives wins.
+    """
+    chosen = {key: value for key, _, value in (o.partition("=") for o in overrides) if key in ("model", "experiment")}
+    if model is not None and chosen.get("model", model) != model:
+        raise ConfigError(f"--model {model} and model={chosen['model']} differ; give one of them")
+    wanted = chosen.get("model", model)
+    if "experiment" in chosen:
+        name, settings = f"experiment={chosen['experiment']}", [*([f"model={wanted}"] if wanted else []), *overrides]
+    else:
+        name = wanted or "nano"
+        settings = [f"model={name}", *SETTINGS.get(name, ()), *overrides]
+    point, swept = _first_point(settings)
+    return name, point, f"of a sweep its first point is timed: {' '.join(swept)}" if swept else ""
+
+
+def _first_point(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides of one run, the first where they (or their experiment) make a sweep; and which of them are its choice.
+
+    Raises ConfigError for a sweep whose points nobody knows beforehand.
+    """
+    composing.prepare()
+    check_overrides(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            running = GlobalHydra.instance().hydra
+            assert running is not None
+            loader = running.config_loader
+            hydra = running.compose_config("config", list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False).hydra
+            parser = OverridesParser.create(config_loader=loader)
+            swept = hydra.mode == RunMode.MULTIRUN or any(o.is_sweep_override() for o in parser.parse_overrides(list(overrides)))
+            if not swept:
+                return list(overrides), []
+            if not str(hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
+                raise ConfigError("bench train times one setting, and hydra/sweeper makes up its own; give the values of one run")
+            parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+            parsed = parser.parse_overrides([*parameters, *overrides])
+            point = [str(o) for o in BasicSweeper.split_arguments(parsed, None)[0][0]]
+            last = {o.get_key_element(): o.is_sweep_override() for o in parsed}  # what comes later wins
+            return point, [o for o in point if last.get(o.partition("=")[0])]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _tracker(name: str) -> Tracker:
+    return cast(Tracker, component("tracker", name).options())
+
+
+def _precisions(config: Config) -> tuple[str, ...]:
+    """nanoGPT's on a GPU is ours; on the CPU it has fp32, and where ours is bf16 its autocast is timed too."""
+    own = config.hardware.precision
+    return ("fp32", "bf16") if config.hardware.device == "cpu" and own == "bf16" else (own,)
 
 
 def _ours(trainer: Trainer) -> Callable[[int], float]:
     trainer.model.train()
+    for callback in trainer.callbacks:
+        callback.on_start(trainer)
 
     def steps(count: int) -> float:
         started = time.perf_counter()
@@ -90,18 +181,23 @@ def _nanogpt(folder: Path, config: Config, data: Prepared, precision: str) -> It
     """nanoGPT in a process of its own, as its users run it: a function from a number of steps to their seconds."""
     if not (folder / "model.py").is_file():
         raise ConfigError(f"--against {folder}: it holds no model.py; give a nanoGPT checkout")
-    size, shard = config.model, data.manifest["splits"]["train"]["shards"][0]
+    size, shards = config.model, data.manifest.get("splits", {}).get("train", {}).get("shards")
+    if not shards:
+        raise ConfigError("--against: nanoGPT reads one file, and this training text is a stream, a mix or made up; try data=text")
+    vocabulary = data.manifest["tokenizer"]["vocabulary"]
     assert isinstance(config.trainer.batch_tokens, int)
     job = {
         "folder": str(folder.resolve()),
         "device": config.hardware.device,
         "precision": precision,
-        "tokens": str(data.folder / shard["file"]),
+        "compile": config.hardware.compile,
+        "tokens": str(data.folder / shards[0]["file"]),
         "dtype": data.manifest["dtype"],
-        "rows": config.trainer.batch_tokens // size.context_length,
+        "rows": config.hardware.micro_batch,
+        "micro_batches": config.trainer.batch_tokens // size.context_length // int(config.hardware.micro_batch),
         "model": {
             "block_size": size.context_length,
-            "vocab_size": data.manifest["tokenizer"]["vocabulary"],
+            "vocab_size": 50_304 if vocabulary == 50_257 else vocabulary,  # it pads GPT-2's
             "n_layer": size.depth,
             "n_head": size.heads,
             "n_embd": size.width,
@@ -127,12 +223,12 @@ def _nanogpt(folder: Path, config: Config, data: Prepared, precision: str) -> It
         to.close()
 
 
-def _alternate(steppers: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+def _alternate(steppers: dict[str, Callable[[int], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Seconds a step of each, measured in turn: what disturbs the machine disturbs all alike."""
     counts: dict[str, int] = {}
     for name, steps in steppers.items():
         steps(WARMUP_STEPS)
-        counts[name] = max(1, round(ROUND_SECONDS / steps(1)))
+        counts[name] = max(1, round(seconds / steps(1)))
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, steps in steppers.items():
@@ -148,13 +244,14 @@ def _ratio(times: dict[str, list[float]]) -> dict[str, float]:
     return {"median": statistics.median(pairs), "lowest": pairs[0], "highest": pairs[-1]}
 
 
-def _tracking_share(composed: Config, data: Prepared, folder: Path, bare: Trainer) -> float:
+def _tracking_share(base: Config, data: Prepared, folder: Path, bare: Trainer) -> float:
     """Share of a step's time that metrics, W&B's offline files, progress and callbacks add to the bare step."""
     from gptlab.config import codec
 
-    steps = 200 if bare.parameters < 2_000_000 else 20
-    callbacks = {k: v for k, v in composed.callbacks.items() if k != "evaluation" and k != "samples"}
-    config = resolve(replace(composed, trainer=replace(composed.trainer, budget=f"{steps}steps"), callbacks=callbacks), machine())
+    steps = TRACKED_STEPS[bare.parameters > LARGE]
+    callbacks = {k: v for k, v in base.callbacks.items() if k != "evaluation" and k != "samples"}
+    limited = replace(base.trainer, budget=f"{steps}steps")
+    config = resolve(replace(base, trainer=limited, callbacks=callbacks, tracker=_tracker("offline")), machine())
     trainer = Trainer(config, data, Run(folder))
     saving = [0.0]
     keep = trainer.save_checkpoint
@@ -172,7 +269,8 @@ def _tracking_share(composed: Config, data: Prepared, folder: Path, bare: Traine
         trainer.train(MetricsFile(folder / "metrics.jsonl", 0), tracker, progress)
         wall = time.perf_counter() - started - saving[0]
     tracker.finish({}, 0)
-    return (wall - trainer.state.seconds) / trainer.state.seconds
+    state = trainer.state  # the first steps, which may compile, are left out of the timed ones
+    return (wall - state.seconds) / steps / (state.timed_seconds * trainer.batch_tokens / state.timed_tokens)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -185,6 +283,8 @@ def _show(report: dict[str, Any]) -> None:
         f"{report['model']}: {report['parameters']:,} parameters, {report['tokens_per_step']:,} tokens a step, "
         f"{report['device']}, {report['threads']} threads"
     )
+    if report["note"]:
+        say(report["note"])
     console.print(shown)
     if "ratio" in report:
         ratio = report["ratio"]

@@ -9,7 +9,7 @@ from typing import Any
 from gptlab.cli.data import print_rows
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import load_components
-from gptlab.config.resolve import parse_budget
+from gptlab.config.resolve import parse_budget, start_step
 from gptlab.config.schema import Config
 from gptlab.data import report as figures
 from gptlab.data.loader import Loader
@@ -101,7 +101,8 @@ def _last_step(run: Run, config: Config, data: Prepared) -> int:
     if budget.unit == "epochs":
         source = training_rows(data, context, config.data.packing, int(config.seeds.data or 0))
         epoch = Loader(source, batch_tokens // context).epoch_tokens
-    steps = budget.steps(batch_tokens=batch_tokens, epoch_tokens=epoch, parameters=parameters, flops_per_token=flops)
+    start = start_step(config)
+    steps = budget.steps(batch_tokens=batch_tokens, epoch_tokens=epoch, parameters=parameters, flops_per_token=flops, start=start)
     assert steps is not None
     return steps
 

@@ -81,6 +81,11 @@ def show_run(reference: str) -> None:
     run = find_run(reference)
     config = run.config()
     say((str(run.directory), "bold"), f"  {run.state}" + (f" by {holder(run.directory)}" if run.state == "running" else ""))
+    if config.trainer.start:
+        noted = run.read("start.json") or {}
+        place = f" ({noted['study']}/{noted['name']})" if noted else ""
+        identity, _, step = config.trainer.start.partition("@")
+        say(f"began at step {step} of {identity}{place}; its steps, tokens and seconds count those before")
     done, failed, environment = run.read("done.json"), run.read("failed.json"), run.read("environment.json") or {}
     if done:
         say(f"done {done['finished']} by gptlab sources {done['source']}")
@@ -266,11 +271,12 @@ def _print_checked(run: Run, state: str, found: list[_Checked], files: dict[str,
         say((f"note: {note}", "yellow"))
 
 
-def export(reference: str, *, to: str, output: Path | None, which: str, dtype: str, force: bool) -> None:
+def export(reference: str, *, to: str, output: Path | None, which: str, weights: str, dtype: str, force: bool) -> None:
     """Write a run to one file, and say what is in it."""
     from gptlab.runner.export import export as write
 
-    made = write(find_run(reference), output, to=to, which=which, dtype=dtype, force=force)
+    made = write(find_run(reference), output, to=to, which=which, weights=weights, dtype=dtype, force=force)
     loss = f", val {made.loss:.4f}" if made.loss is not None else ""
     loss += f" (of step {made.loss_step:,})" if made.loss_step not in (None, made.step) else ""
-    say((str(made.file), "bold"), f"  {made.parameters:,} parameters in {dtype}, {decimal(made.bytes)}, step {made.step:,}{loss}")
+    average = " (an average)" if made.weights == "average" else ""
+    say((str(made.file), "bold"), f"  {made.parameters:,} parameters{average} in {dtype}, {decimal(made.bytes)}, step {made.step:,}{loss}")

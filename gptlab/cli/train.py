@@ -60,7 +60,7 @@ def train(arguments: Sequence[str]) -> int:
         if stopped:
             raise Stopped(stopped[0]["message"])
         if results and results[0]["sweep"] and (launched() or World()).first:
-            _after_sweep(results)
+            after_sweep(results)
         for result in results:
             if result["code"] and result["sweep"]:
                 raise ExitWith("", 1)  # they have been told
@@ -217,7 +217,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: int(r["job"]))
 
 
-def _after_sweep(results: list[dict[str, Any]]) -> None:
+def after_sweep(results: list[dict[str, Any]]) -> None:
     """Say what the sweep did, compare its arms, draw them, let the best speak, and tell of each failure."""
     from gptlab.study.compare import compare
     from gptlab.study.report import draw_curves, show

@@ -12,12 +12,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from gptlab.config.errors import CheckpointError, ConfigError
-from gptlab.config.registry import check_choices, component, component_of, suggest
+from gptlab.config.registry import absent, check_choices, component, component_of, suggest
 from gptlab.config.schema import NOT_IDENTITY, Config
 from gptlab.config.slots import SLOTS, Options
 
 VERSION = 1
-_SLOT_OF_BASE = {slot.base: slot.path for slot in SLOTS.values()}
+_SLOT_OF_BASE = {slot.base: slot for slot in SLOTS.values()}
 
 
 def encode(value: Any) -> Any:
@@ -62,7 +62,7 @@ def decode(kind: Any, data: Any, where: str) -> Any:
         return [decode(arguments[0], v, where) for v in data]
     if isinstance(kind, type) and issubclass(kind, Options):
         values = dict(data)
-        found = component(_SLOT_OF_BASE[kind], values.pop("name", "?"))
+        found = component(_SLOT_OF_BASE[kind].path, values.pop("name", "?"))
         options = typing.cast(Options, _decode_fields(found.options, values, where))
         check_choices(options, where)
         return options
@@ -79,7 +79,11 @@ def _decode_fields(kind: type, data: Mapping[str, Any], where: str) -> Any:
     if unknown:
         key = sorted(unknown)[0]
         raise ConfigError(f"{where}: {kind.__name__} has no {key!r}{suggest(key, hints)}")
-    return kind(**{k: decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+    made = {k: decode(hints[k], v, f"{where}.{k}") for k, v in data.items()}
+    for name, hint in hints.items():
+        if name not in made and hint in _SLOT_OF_BASE and (nothing := absent(_SLOT_OF_BASE[hint])) is not None:
+            made[name] = nothing  # the config is older than the slot
+    return kind(**made)
 
 
 def canonical(config: Config) -> dict[str, Any]:
@@ -109,11 +113,16 @@ def _pruned(value: Any, path: str = "") -> Any:
             continue
         if is_dataclass(inner):
             part = _pruned(inner, here)
-            if part:
+            if part and not _is_absent(inner):
                 kept[f.name] = part
         elif inner != _default_of(f):
             kept[f.name] = encode(inner)
     return kept
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether it is the component that stands for nothing in its slot."""
+    return isinstance(value, Options) and value == absent(component_of(value).slot)
 
 
 def _default_of(f: dataclasses.Field[Any]) -> Any:

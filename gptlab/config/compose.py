@@ -25,14 +25,15 @@ from omegaconf.resolvers import oc
 from gptlab.config.codec import options_in
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
-from gptlab.config.registry import check_choices, components, load_components
+from gptlab.config.registry import absent, check_choices, components, load_components
 from gptlab.config.schema import Config
+from gptlab.config.slots import SLOTS
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
 _NAMELESS = ("experiment", "study", "name", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
              "hardware/strategy", "hardware.strategy", "trainer.log_every", "trainer.on_nonfinite", "trainer.max_passed",
-             "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.mirror",
+             "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.profile", "trainer.mirror",
              "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
     """The typed config of what Hydra composed, named after the overrides that set it apart."""
     try:
         with without_environment():
-            config = cast(Config, OmegaConf.to_object(composed))
+            config = cast(Config, OmegaConf.to_object(_completed(composed)))
     except OmegaConfBaseException as error:
         raise explain(error) from error
     except AttributeError as error:  # `+key=value` put a key into the tree that its class has not
@@ -132,6 +133,15 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
         check_choices(options, path)
     chosen = name if name is not None else config.name
     return replace(config, name=chosen or name_of(overrides))
+
+
+def _completed(composed: DictConfig) -> DictConfig:
+    """With the component that does nothing in every slot of the model that a recipe (one from before the slot) leaves open."""
+    for path, slot in SLOTS.items():
+        part, _, name = path.partition("/")
+        if part == "model" and slot.absent and OmegaConf.is_missing(composed.model, name):
+            composed.model[name] = absent(slot)
+    return composed
 
 
 def settings(overrides: Iterable[str]) -> dict[str, str]:

@@ -130,6 +130,8 @@ def _wrong_value(error: OmegaConfBaseException) -> str:
         return f"{key}={match[1]}: components are chosen with a slash, {slot}={_listed(_names(slot))}"
     if match := re.search(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", message):
         return f"{key}={match[1]} must be {_WANTED.get(match[2], match[2])}"
+    if match := re.search(r"Value '(.*?)' of type '\w+' is incompatible with type hint 'Union\[int, str\]'", message):
+        return f"{key}={match[1]} must be a whole number or text"
     if match := re.search(r"Value '(.*)' is not a valid bool", message):
         return f"{key}={match[1]} must be true or false"
     if match := re.search(r"Cannot convert '(\w+)' to string: '(.*)'", message):

@@ -29,14 +29,17 @@ PLUGINS_VARIABLE = "GPTLAB_PLUGINS"
 ENTRY_POINTS = "gptlab.components"
 # Modules that register the built-in components; imported when a command needs them, since they import torch.
 BUILTIN = (
-    *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "block", "head", "init")),
+    *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "block")),
+    *(f"gptlab.model.{m}" for m in ("input", "stream", "value", "gate", "head", "init")),
     *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe")),
     "gptlab.hardware.strategy",
-    *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor")),
-    *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant", "inverse_sqrt")),
+    *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),
+    *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant", "inverse_sqrt", "cooldown")),
     "gptlab.objective.lm",
     *(f"gptlab.tracker.{m}" for m in ("none", "wandb")),
     "gptlab.runner.callbacks",
+    "gptlab.runner.averages",
+    "gptlab.runner.diagnostics",
 )
 
 
@@ -175,6 +178,8 @@ def _config_type(annotation: Any, where: str) -> tuple[Any, tuple[str, ...], boo
         if len(inner) == 1 and type(None) in arguments:
             kind, allowed, is_tuple = _config_type(inner.pop(), where)
             return typing.Optional[kind], allowed, is_tuple  # noqa: UP045 (built from a value)
+        if inner <= {int, float, bool, str}:  # a number or `auto`
+            return annotation, (), False
     if annotation in (int, float, bool, str) or origin in (list, dict):
         return annotation, (), False
     raise ConfigError(f"{where}: {annotation!r} cannot be config; use int, float, bool, str, Literal, list, dict or X | None")
@@ -204,6 +209,11 @@ def component(slot: str, name: str) -> Component:
         raise ConfigError(
             f"{slot}={name} is not registered{suggest(name, known)}; a component of your own is supplied with `gptlab --plugin FILE.py …`"
         ) from None
+
+
+def absent(slot: Slot) -> Options | None:
+    """The options of the component that a config without this slot means; None where every config must choose one."""
+    return component(slot.path, slot.absent).options() if slot.absent else None
 
 
 def components(slot: str | None = None) -> list[Component]:

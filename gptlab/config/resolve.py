@@ -12,7 +12,9 @@ from gptlab.config.schema import Config, HardwareConfig, ModelConfig
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DURATION = re.compile(r"^\s*(?:([0-9]*\.?[0-9]+)\s*h)?\s*(?:([0-9]*\.?[0-9]+)\s*min)?\s*(?:([0-9]*\.?[0-9]+)\s*s)?\s*$")
-_BUDGET = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBGT]?)\s*(steps?|tokens?|epochs?|min|flops|x)\s*$")
+_BUDGET = re.compile(r"^\s*(\+?)\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMBGT]?)\s*(steps?|tokens?|epochs?|min|flops|x|%)\s*$")
+_STEPS = re.compile(r"^\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?$")
+MOST_PROFILED = 100  # steps: each takes about a megabyte of the trace
 ON_NONFINITE = ("stop", "skip", "rollback")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # Below this width a model's CPU step is dominated by overhead, and bf16's conversions cost what its products gain (measured:
@@ -34,17 +36,28 @@ class Machine:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a run trains: `amount` of `unit` (steps, tokens, epochs, min, flops or x)."""
+    """How long a run trains: `amount` of `unit` (steps, tokens, epochs, min, flops or x).
+
+    `beyond`: not in all, but from where the run begins (trainer.start); % is then of the steps before.
+    """
 
     amount: float
     unit: str
+    beyond: bool = False
 
-    def steps(self, *, batch_tokens: int, epoch_tokens: int, parameters: int, flops_per_token: float) -> int | None:
-        """Whole steps, rounded up; None where only the clock decides."""
+    def steps(self, *, batch_tokens: int, epoch_tokens: int, parameters: int, flops_per_token: float, start: int = 0) -> int | None:
+        """Whole steps of the run, rounded up; None where only the clock decides. `start`: the step it begins at."""
         if self.unit == "min":
             return None
+        if self.beyond:
+            more = replace(self, beyond=False).steps(
+                batch_tokens=batch_tokens, epoch_tokens=epoch_tokens, parameters=parameters, flops_per_token=flops_per_token, start=start
+            )
+            return None if more is None else start + more
         if self.unit == "steps":
             return int(self.amount)
+        if self.unit == "%":
+            return max(1, math.ceil(self.amount / 100 * start - 1e-9))
         tokens = {
             "tokens": self.amount,
             "epochs": self.amount * epoch_tokens,
@@ -55,15 +68,23 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Read `2000steps`, `50Mtokens`, `3epochs`, `10min`, `1e17flops` or `20x`. Raises ConfigError."""
+    """`2000steps`, `50Mtokens`, `3epochs`, `10min`, `1e17flops` or `20x`; `+100steps` or `+20%` beyond a start. Raises ConfigError."""
     match = _BUDGET.match(str(text))
     if match is None:
         raise ConfigError(f"trainer.budget={text} needs an amount and a unit: 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops or 20x")
-    amount = float(match[1]) * _UNITS[match[2]]
-    unit = match[3] if match[3] in ("min", "flops", "x") else match[3].rstrip("s") + "s"
+    beyond, amount = bool(match[1]), float(match[2]) * _UNITS[match[3]]
+    unit = match[4] if match[4] in ("min", "flops", "x", "%") else match[4].rstrip("s") + "s"
+    if unit == "%" and not beyond:
+        raise ConfigError(f"trainer.budget={text} is a share of nothing: +{text.strip()} trains so much beyond trainer.start")
     if not 0 < amount < math.inf or (unit == "steps" and amount != int(amount)):
         raise ConfigError(f"trainer.budget={text} must be a positive{' whole' if unit == 'steps' else ''} number of {unit}")
-    return Budget(amount, unit)
+    return Budget(amount, unit, beyond)
+
+
+def start_step(config: Config) -> int:
+    """The step a run begins at: that of the checkpoint trainer.start names (settled: by identity and step), or 0."""
+    step = config.trainer.start.rpartition("@")[2]
+    return int(step) if step.isdigit() else 0
 
 
 def parse_duration(text: str) -> float:
@@ -76,6 +97,19 @@ def parse_duration(text: str) -> float:
     if not 0 < found < math.inf:
         raise ConfigError(f"trainer.time_limit={text} is no duration: 11h30min, 90min or 45s")
     return found
+
+
+def parse_profile(text: str) -> range:
+    """The steps of `20` or `20-25`, counted from 1; none for an empty text. Raises ConfigError."""
+    if not text:
+        return range(0)
+    match = _STEPS.match(text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(f"trainer.profile={text} names no step of a session; 20 is its 20th step, 20-25 the six from there")
+    if last - first >= MOST_PROFILED:
+        raise ConfigError(f"trainer.profile={text} is {last - first + 1} steps; {MOST_PROFILED} are the most whose trace can be opened")
+    return range(first, last + 1)
 
 
 def resolve(config: Config, machine: Machine) -> Config:
@@ -123,8 +157,10 @@ def resolve(config: Config, machine: Machine) -> Config:
 
 def _check(config: Config) -> None:
     trainer = config.trainer
-    parse_budget(trainer.budget)
+    if parse_budget(trainer.budget).beyond and not trainer.start:
+        raise ConfigError(f"trainer.budget={trainer.budget} counts from a checkpoint: name it with trainer.start=RUN@STEP")
     parse_duration(trainer.time_limit)
+    parse_profile(trainer.profile)
     if trainer.on_nonfinite not in ON_NONFINITE:
         raise ConfigError(f"trainer.on_nonfinite={trainer.on_nonfinite} is not one of {', '.join(ON_NONFINITE)}")
     for key, least in (("max_passed", 0), ("log_spikes", 0), ("skip_spikes", 0)):

@@ -16,8 +16,10 @@ from gptlab.config.slots import (
     Callback,
     Corpus,
     FeedForward,
+    Gate,
     Head,
     Init,
+    Input,
     Kernel,
     Norm,
     Objective,
@@ -25,8 +27,10 @@ from gptlab.config.slots import (
     Position,
     Schedule,
     Strategy,
+    Stream,
     Tokenizer,
     Tracker,
+    Value,
 )
 
 
@@ -47,6 +51,10 @@ class ModelConfig:
     kernel: Kernel = MISSING
     ffn: FeedForward = MISSING
     block: Block = MISSING
+    input: Input = MISSING
+    stream: Stream = MISSING
+    value: Value = MISSING
+    gate: Gate = MISSING
     head: Head = MISSING
     init: Init = MISSING
 
@@ -91,7 +99,7 @@ class HardwareConfig:
 class TrainerConfig:
     """How long, in which batches, and how often it is written down."""
 
-    budget: str = "2000steps"  # 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops, 20x (tokens per parameter)
+    budget: str = "2000steps"  # 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops, 20x (tokens per parameter); +20%: beyond `start`
     batch_tokens: int | str = "auto"  # tokens of one update
     gradient_clip: float = 1.0  # largest gradient norm; 0: off
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -101,6 +109,8 @@ class TrainerConfig:
     skip_spikes: float = 0.0  # and one this many above is passed over; 0: off
     time_limit: str = ""  # of a session: 11h30min; then a checkpoint, and exit 75
     resume: str = "latest"  # from which of its checkpoints a run goes on: latest, a step, or its folder
+    start: str = ""  # RUN@STEP: another run's checkpoint (a step, best or latest) that this one goes on from
+    profile: str = ""  # steps of a session that torch.profiler records: 20, or 20-25; written to the run's folder profile/
     mirror: str = ""  # an fsspec address that finished checkpoints and metrics are copied to: a folder, s3://…, gs://…, hf://…
 
 
@@ -150,6 +160,7 @@ NOT_IDENTITY: tuple[str, ...] = (
     "trainer.log_spikes",
     "trainer.time_limit",
     "trainer.resume",
+    "trainer.profile",
     "trainer.mirror",
     "study",
     "name",

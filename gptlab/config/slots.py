@@ -45,6 +45,26 @@ class Block(Options):
 
 
 @dataclass(slots=True, kw_only=True)
+class Input(Options):
+    """What is made of the token embeddings before the first block."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Stream(Options):
+    """What becomes of the residual stream on its way into a block."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Value(Options):
+    """What is added to attention's values beside what comes from the stream."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Gate(Options):
+    """How much of each attention head is let through."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Head(Options):
     """From the last features to logits."""
 
@@ -96,11 +116,16 @@ class Callback(Options):
 
 @dataclass(frozen=True)
 class Slot:
-    """One place of the config: its Hydra group, the base of its options, and what its builder supplies."""
+    """One place of the config: its Hydra group, the base of its options, and what its builder supplies.
+
+    `absent`: the component that does nothing there. It is taken where a config (an older one, a user's recipe) does not name the
+    slot, and left out of identities, so that a slot added later changes no old run.
+    """
 
     path: str
     base: type[Options]
     wiring: tuple[str, ...]
+    absent: str = ""
 
     @property
     def summary(self) -> str:
@@ -113,17 +138,21 @@ SLOTS: dict[str, Slot] = {
     for slot in (
         Slot("model/norm", Norm, ("width", "bias")),
         Slot("model/position", Position, (*_HEADS, "context_length")),
-        Slot("model/attention", Attention, (*_HEADS, "kernel", "bias", "dropout", "layer", "depth")),
+        Slot("model/attention", Attention, (*_HEADS, "kernel", "value", "gate", "bias", "dropout", "layer", "depth")),
         Slot("model/kernel", Kernel, ()),
         Slot("model/ffn", FeedForward, ("width", "bias", "dropout", "layer", "depth")),
         Slot("model/block", Block, ("norm", "attention", "ffn", "layer", "depth")),
+        Slot("model/input", Input, ("width",), absent="plain"),
+        Slot("model/stream", Stream, ("width", "layer", "depth"), absent="plain"),
+        Slot("model/value", Value, ("kv_heads", "head_width", "vocabulary", "layer", "depth"), absent="none"),
+        Slot("model/gate", Gate, ("width", "heads"), absent="none"),
         Slot("model/head", Head, ("width", "vocabulary", "embedding")),
         Slot("model/init", Init, ("width", "depth")),
         Slot("data/corpus", Corpus, ()),
         Slot("data/tokenizer", Tokenizer, ()),
         Slot("hardware/strategy", Strategy, ()),
         Slot("optimizer", Optimizer, ("groups", "device")),
-        Slot("schedule", Schedule, ()),
+        Slot("schedule", Schedule, ("batch_tokens", "steps", "start")),
         Slot("objective", Objective, ()),
         Slot("tracker", Tracker, ()),
         Slot("callback", Callback, ()),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -14,9 +14,10 @@ from gptlab.config.registry import register
 from gptlab.model.context import Context
 from gptlab.model.dropout import drop
 from gptlab.model.kernel import Kernel
-from gptlab.model.linear import FusedLinear, OutputLinear
+from gptlab.model.linear import FusedLinear, Linear, OutputLinear
 from gptlab.model.mask import causal, within_documents
 from gptlab.model.mask import window as window_mask
+from gptlab.model.norm import rms_normalised
 
 
 @register("model/attention", "multihead")
@@ -24,9 +25,10 @@ class MultiHead(nn.Module):
     """Multi-head attention (Vaswani et al., 2017), with grouped keys and values, a sliding window and QK-norm at choice.
 
             ┌ q (h heads) ─ norm ─ rotate ┐
-        x ──┼ k (g heads) ─ norm ─ rotate ┼─ softmax(q·k)·v ─ out ──
-            └ v (g heads) ────────────────┘
+        x ──┼ k (g heads) ─ norm ─ rotate ┼─ softmax(q·k)·v ─ gate ─ out ──
+            └ v (g heads) ─ value ────────┘
 
+    `value` is called with the key/value heads and their width, and gives what is added to v; `gate` weighs the heads.
     With `document_mask` no token sees another document, and positions restart with each: the model asks for its documents
     (`Transformer.sees_documents`), and whoever feeds it gives them.
     Raises ConfigError when the heads do not divide the width, or kv_heads the heads.
@@ -38,6 +40,8 @@ class MultiHead(nn.Module):
         heads: int,
         head_width: int,
         kernel: Kernel,
+        value: Callable[[int, int], nn.Module],
+        gate: nn.Module,
         bias: bool,
         dropout: float,
         layer: int,
@@ -63,7 +67,7 @@ class MultiHead(nn.Module):
         self.sizes = list(sizes.values())
         self.qkv = FusedLinear(width, sizes, bias=bias)
         self.out = OutputLinear(heads * head_width, width, bias=bias)
-        self.kernel = kernel
+        self.kernel, self.value, self.gate = kernel, value(kv_heads, head_width), gate
         self.q, self.k, self.v, self.z = nn.Identity(), nn.Identity(), nn.Identity(), nn.Identity()  # taps
         if kernel.materialises_pattern:
             self.scores, self.pattern = nn.Identity(), nn.Identity()
@@ -73,9 +77,9 @@ class MultiHead(nn.Module):
         q, k, v = self.qkv(x).split(self.sizes, -1)
         q = q.view(b, t, self.heads, self.head_width).transpose(1, 2)
         k = k.view(b, t, self.kv_heads, self.head_width).transpose(1, 2)
-        v = v.view(b, t, self.kv_heads, self.head_width).transpose(1, 2)
+        v = self.value(v.view(b, t, self.kv_heads, self.head_width).transpose(1, 2), context)
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_width,), eps=1e-6), F.rms_norm(k, (self.head_width,), eps=1e-6)
+            q, k = rms_normalised(q, eps=1e-6), rms_normalised(k, eps=1e-6)
         q, k = context.position.rotate(q, k, context.positions)
         q, k, v = self.q(q), self.k(k), self.v(v)
         k_order = context.order
@@ -95,7 +99,7 @@ class MultiHead(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             taps=(self.scores, self.pattern) if self.kernel.materialises_pattern else None,
         )
-        z = self.z(z.transpose(1, 2).reshape(b, t, self.heads * self.head_width))
+        z = self.z(self.gate(z.transpose(1, 2), x).reshape(b, t, self.heads * self.head_width))
         return drop(self.out(z), self.dropout, self.training)
 
 
@@ -115,7 +119,7 @@ class Average(nn.Module):
         super().__init__()
         self.layer, self.document_mask = layer, document_mask
         self.kv_heads, self.head_width = 1, width  # what a cache must hold
-        self.value = nn.Linear(width, width, bias=bias)
+        self.value = Linear(width, width, bias=bias)
         self.out = OutputLinear(width, width, bias=bias)
         self.mean = {"loop": mean_by_loop, "matmul": mean_by_matmul, "softmax": mean_by_softmax}[form]
         self.z = nn.Identity()  # tap

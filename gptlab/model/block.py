@@ -38,6 +38,24 @@ class PreNorm(_Block):
         return out
 
 
+@register("model/block", "sandwich")
+class Sandwich(_Block):
+    """x + norm(f(norm(x))): what a part writes is normalised too (Ding et al., 2021, and Gemma 2), so that no layer can shout.
+
+    x ─┬─ norm ─ attention ─ norm ─ + ─┬─ norm ─ ffn ─ norm ─ + ──
+       └────────────────────────────┘  └─────────────────────┘
+    """
+
+    def __init__(self, norm: Callable[[], nn.Module], attention: nn.Module, ffn: nn.Module) -> None:
+        super().__init__(norm, attention, ffn)
+        self.attention_out_norm, self.ffn_out_norm = norm(), norm()
+
+    def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
+        x = self.residual_mid(x + self.attention_out_norm(self.attention(self.attention_norm(x), context)))
+        out: Tensor = self.residual_post(x + self.ffn_out_norm(self.ffn(self.ffn_norm(x), context)))
+        return out
+
+
 @register("model/block", "postnorm")
 class PostNorm(_Block):
     """norm(x + f(x)): the stream is normalised after each part (Vaswani et al., 2017)."""

@@ -27,6 +27,7 @@ class KVCache:
         shape = (layers, batch, kv_heads, capacity, head_width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.last: Tensor | None = None  # (b, 1, d): the last token as `model/input=smear` left it for the next one
         self.capacity = capacity
         self.length = 0
 

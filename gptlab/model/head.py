@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
+from gptlab.model.linear import linear
 
 
 def _capped(logits: Float[Tensor, "b t v"], soft_cap: float | None) -> Float[Tensor, "b t v"]:
@@ -33,7 +33,7 @@ class Tied(nn.Module):
         self.soft_cap = _check(soft_cap)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
-        return _capped(F.linear(x, self._embedding[0].weight), self.soft_cap)
+        return _capped(linear(x, self._embedding[0].weight), self.soft_cap)
 
 
 @register("model/head", "untied")
@@ -48,4 +48,4 @@ class Untied(nn.Module):
         self.soft_cap = _check(soft_cap)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
-        return _capped(F.linear(x, self.weight), self.soft_cap)
+        return _capped(linear(x, self.weight), self.soft_cap)

@@ -4,11 +4,51 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 
-class FusedLinear(nn.Linear):
+def linear(x: Float[Tensor, "... d"], weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None = None) -> Float[Tensor, "... o"]:
+    """x · weightᵀ + bias. Under bf16 autocast on a CPU the products, forward and backward, are bf16, and what goes in and comes out fp32.
+
+    torch's own autocast hands on bf16 results there, and sums and products of unlike types cost a small model all that its
+    matrix products gain.
+    """
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+        product: Tensor = _Product.apply(x, weight, torch.get_autocast_dtype("cpu"))  # type: ignore[no-untyped-call]
+        return product if bias is None else product + bias
+    return F.linear(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, narrow = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
+        context.save_for_backward(rows, narrow)
+        context.shape, context.dtype = x.shape, x.dtype
+        return torch.mm(rows, narrow.t()).float().view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, narrow = context.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(rows.dtype)
+        of_x = torch.mm(gradient, narrow).to(context.dtype).view(context.shape) if context.needs_input_grad[0] else None
+        of_weight = torch.mm(gradient.t(), rows).float() if context.needs_input_grad[1] else None
+        return of_x, of_weight, None
+
+
+class Linear(nn.Linear):
+    """A linear layer by `linear`."""
+
+    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
+        return linear(x, self.weight, self.bias)
+
+
+class FusedLinear(Linear):
     """Several products in one: `parts` names the slices of the output, each drawn from a seed of its own."""
 
     def __init__(self, width: int, parts: dict[str, int], *, bias: bool) -> None:
@@ -16,7 +56,7 @@ class FusedLinear(nn.Linear):
         self.parts = parts
 
 
-class OutputLinear(nn.Linear):
+class OutputLinear(Linear):
     """The last product of attention or feed-forward: what it gives is added to the residual stream."""
 
 

@@ -1,12 +1,13 @@
 """The Transformer: one model for training, generation and interpretation.
 
-    tokens ─ embedding ─ (+ position) ─ block × depth ─ norm ─ head ─ logits
+    tokens ─ embedding ─ (+ position) ─ input ─ (stream ─ block) × depth ─ norm ─ head ─ logits
 
 Shapes: b batch, t tokens, d width, h heads, g key/value heads, k head width, v vocabulary.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
-from gptlab.config.registry import build
+from gptlab.config.registry import absent, build, component_of
 from gptlab.config.schema import ModelConfig
 from gptlab.model.cache import KVCache
 from gptlab.model.context import Context
@@ -50,15 +51,26 @@ class Transformer(nn.Module):
             made: nn.Module = build(config.norm, width=width, bias=config.bias)
             return made
 
+        for slot in ("value", "gate"):  # which an attention of another kind may have no place for
+            part, attends = getattr(config, slot), component_of(config.attention)
+            if slot not in attends.wiring and part != absent(component_of(part).slot):
+                raise ConfigError(
+                    f"model/attention={attends.name} has no place for model/{slot}={component_of(part).name}; use model/attention=multihead"
+                )
         rows = -(-vocabulary // config.pad_vocab_to) * config.pad_vocab_to
         self.embedding = nn.Embedding(rows, width)
         self.position: Position = build(config.position, context_length=context_length, **sizes)
+        self.input: nn.Module = build(config.input, width=width)
         self.embedded = nn.Identity()  # tap: the stream before the first block
-        self.blocks = nn.ModuleList()
+        self.streams, self.blocks = nn.ModuleList(), nn.ModuleList()
         for layer in range(config.depth):
-            attention = build(config.attention, kernel=build(config.kernel), layer=layer, **shared)
+            place = {"layer": layer, "depth": config.depth}
+            value = partial(_value, config, vocabulary=rows, **place)
+            gate = build(config.gate, width=width, heads=heads)
+            attention = build(config.attention, kernel=build(config.kernel), value=value, gate=gate, layer=layer, **shared)
             ffn = build(config.ffn, layer=layer, **shared)
-            self.blocks.append(build(config.block, norm=norm, attention=attention, ffn=ffn, layer=layer, depth=config.depth))
+            self.streams.append(build(config.stream, width=width, **place))
+            self.blocks.append(build(config.block, norm=norm, attention=attention, ffn=ffn, **place))
         last = self.blocks[-1] if config.depth else None
         self.norm = norm() if last is None or getattr(last, "final_norm", True) else nn.Identity()
         self.head: nn.Module = build(config.head, width=width, vocabulary=rows, embedding=self.embedding)
@@ -98,10 +110,11 @@ class Transformer(nn.Module):
         else:
             self.position.reach(int(positions.max()) + 1)
         x = self.position.embed(self.embedding(tokens), positions)
+        x = self.input(x, positions, cache)
         x = self.embedded(drop(x, self.config.dropout, self.training))
         context = Context(tokens, positions, order, document, x, self.position, cache)
-        for block in self.blocks:
-            x = block(x, context)
+        for stream, block in zip(self.streams, self.blocks, strict=True):
+            x = block(stream(x, context), context)
         if cache is not None:
             cache.advance(tokens.shape[1])
         out: Tensor = self.norm(x)
@@ -140,6 +153,11 @@ class Transformer(nn.Module):
     def roles(self) -> dict[str, str]:
         """Parameter path -> role (matrix, embedding, head, gain or bias)."""
         return roles(self)
+
+
+def _value(config: ModelConfig, kv_heads: int, head_width: int, **wiring: int) -> nn.Module:
+    made: nn.Module = build(config.value, kv_heads=kv_heads, head_width=head_width, **wiring)
+    return made
 
 
 def count_parameters(model: Transformer) -> dict[str, int]:

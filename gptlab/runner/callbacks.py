@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ def _cadence(key: str, every: int) -> int:
 
 @register("callback", "evaluation")
 class Evaluation(Callback):
-    """The loss on every held-out set, `every` so many steps (0: eight times in a run) and at the end."""
+    """The loss on every held-out set, `every` so many steps (0: eight times in a run) and at the end; of an average of the weights too."""
 
     def __init__(self, *, every: int = 0) -> None:
         self.every = _cadence("callbacks.evaluation.every", every)
@@ -51,7 +51,14 @@ class Evaluation(Callback):
 
     def _measure(self, trainer: Trainer) -> None:
         self._measured = trainer.state.step
-        trainer.record(measure(trainer.model, trainer.data, trainer.config, trainer.world))
+        averages = trainer.averages
+        with averages.using("default"):
+            found = measure(trainer.model, trainer.data, trainer.config, trainer.world)
+        if averages.beside:
+            with averages.using("average"):
+                average = measure(trainer.model, trainer.data, trainer.config, trainer.world)
+            found |= {averages.beside + name.removeprefix("val"): value for name, value in average.items()}
+        trainer.record(found)
 
 
 @register("callback", "checkpoint")
@@ -131,11 +138,24 @@ class Sources(Callback):
 
 @register("callback", "samples")
 class Samples(Callback):
-    """A text from the model in samples/, at the end and `every` so many steps (0: at the end alone)."""
+    """A text from the model in samples/, at the end and `every` so many steps (0: at the end alone), by its `weights`."""
 
-    def __init__(self, *, every: int = 0, tokens: int = 200, temperature: float = 0.8, top_k: int = 50, prompt: str = "\n") -> None:
-        self.every, self.tokens = _cadence("callbacks.samples.every", every), tokens
+    def __init__(
+        self,
+        *,
+        every: int = 0,
+        tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        prompt: str = "\n",
+        weights: Literal["default", "trained", "average"] = "default",
+    ) -> None:
+        self.every, self.tokens, self.weights = _cadence("callbacks.samples.every", every), tokens, weights
         self.temperature, self.top_k, self.prompt = temperature, top_k, prompt
+
+    def on_start(self, trainer: Trainer) -> None:
+        with trainer.averages.using(self.weights):  # what is not there is said now, and not when the run is over
+            pass
 
     def on_step(self, trainer: Trainer) -> None:
         if self.every and trainer.state.step % self.every == 0:
@@ -153,7 +173,8 @@ class Samples(Callback):
             row = next(held_out_batches(trainer.data, "val", trainer.config.model.context_length, 1, 1)).inputs[0].tolist()
             prompt = row[: len(row) // 2]
             shown, count = tokenizer.decode(prompt) + " > ", len(row) - len(prompt)
-        ids = list(generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0))
+        with trainer.averages.using(self.weights):
+            ids = list(generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0))
         if not trainer.world.first:  # every rank writes the text, since each holds a part of a sharded model; one keeps it
             return
         folder = trainer.run.directory / "samples"
@@ -168,8 +189,12 @@ class Kernels(Callback):
     def __init__(self, *, repeats: int = 5) -> None:
         self.repeats = repeats
 
-    @torch.inference_mode()
     def on_end(self, trainer: Trainer) -> None:
+        with trainer.averages.using("default"):
+            self._compare(trainer)
+
+    @torch.inference_mode()
+    def _compare(self, trainer: Trainer) -> None:
         model, config = trainer.model, trainer.config
         batch = next(held_out_batches(trainer.data, "val", config.model.context_length, 0, trainer.micro_batch)).to(trainer.device)
         attentions: list[Any] = [m for m in model.modules() if hasattr(m, "kernel")]

@@ -32,7 +32,8 @@ FORMAT = 1
 _NAME = re.compile(r"^step-(\d{9})$")
 MODEL, STATE, DATA, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 _STATE_KEYS = {"state": {"step"}, "optimizer": {"groups", "scalars"}, "scaler": set[str]()}  # of state.json
-OPTIMIZER = "optimizer."  # begins the names of the optimizer's tensors; no module of a model is called so
+# What begins the names of tensors that are not the model's; no module of a model is called so.
+OPTIMIZER, CALLBACKS, AVERAGE = BESIDE = ("optimizer.", "callbacks.", "average.")
 
 
 def checkpoint_name(step: int) -> str:
@@ -291,12 +292,12 @@ def require_good(folder: Path) -> Path:
 
 
 def load_tensors(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's weights and the optimizer's tensors, whole, on the CPU. Raises CheckpointError for files that hold no tensors."""
+    """The model's weights and all other tensors, whole, on the CPU. Raises CheckpointError for files that hold no tensors."""
     if not sharded.is_sharded(checkpoint):
         return _tensors(checkpoint / MODEL), _tensors(checkpoint / STATE)
     with _readable(checkpoint):
         whole = sharded.load_whole(checkpoint)
-    return {k: v for k, v in whole.items() if not k.startswith(OPTIMIZER)}, {k: v for k, v in whole.items() if k.startswith(OPTIMIZER)}
+    return {k: v for k, v in whole.items() if not k.startswith(BESIDE)}, {k: v for k, v in whole.items() if k.startswith(BESIDE)}
 
 
 def load_model(checkpoint: Path) -> dict[str, Tensor]:

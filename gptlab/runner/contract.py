@@ -123,7 +123,7 @@ def _resume(options: Options) -> str:
 
 
 def _factors(options: Options) -> Iterator[tuple[float, list[float]]]:
-    schedule = build(options)
+    schedule = build(options, batch_tokens=768, steps=None, start=100)
     for total in (1000, 2000.5, 20_000):
         yield total, [schedule(step, total) for step in range(int(total) + 10)]  # an estimated end may be overrun
 

@@ -27,7 +27,7 @@ from gptlab.model.transformer import Transformer, new_model
 WIDTH, DEPTH, HEADS, CONTEXT, VOCABULARY = 32, 2, 4, 16, 17
 BASE = {
     "norm": "layernorm", "position": "learned", "attention": "multihead", "kernel": "sdpa",
-    "ffn": "gelu", "block": "prenorm", "head": "tied", "init": "gpt2",
+    "ffn": "gelu", "block": "prenorm", "input": "plain", "stream": "plain", "value": "none", "gate": "none", "head": "tied", "init": "gpt2",
 }  # fmt: skip
 Promise = Callable[[], str]  # returns what there is to say; raises when broken
 
@@ -94,7 +94,7 @@ def model_promises(slot: str, options: Options) -> dict[str, Promise]:
         found["shared weights"] = _shared_weights
     if slot == "kernel":
         found["parity with naive"] = _parity
-    elif slot in ("position", "attention"):
+    elif slot in ("position", "attention", "value", "gate"):
         found["kernels"] = _kernels
     return {name: partial(check, config) for name, check in found.items()}
 

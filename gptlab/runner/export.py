@@ -24,6 +24,7 @@ from gptlab.data.tokenizer import Tokenizer, from_json
 from gptlab.model.linear import undrawn
 from gptlab.model.transformer import Transformer
 from gptlab.runner import checkpoint
+from gptlab.runner.averages import load_weights
 from gptlab.runner.run import Run
 
 FORMATS = ("safetensors",)
@@ -42,14 +43,22 @@ class Exported:
     step: int
     loss: float | None  # the last one measured up to the step
     loss_step: int | None
+    weights: str  # trained or average
 
 
 def export(
-    run: Run, file: Path | None = None, *, to: str = "safetensors", which: str = "latest", dtype: str = "fp32", force: bool = False
+    run: Run,
+    file: Path | None = None,
+    *,
+    to: str = "safetensors",
+    which: str = "latest",
+    weights: str = "default",
+    dtype: str = "fp32",
+    force: bool = False,
 ) -> Exported:
     """Write a run's weights, config and tokeniser to one file: `file`, or <the run's folder>.safetensors here. `read_export` reads it.
 
-    `which` checkpoint: latest, best, a step or its folder. Floating-point weights are written as `dtype` (fp32, bf16, fp16).
+    `which` checkpoint: latest, best, a step or its folder; `weights`: as `load` takes them, floating-point ones written as `dtype`.
     Raises ConfigError for a setting that means nothing or a file that is there already (unless `force`), CheckpointError when the
     checkpoint is not usable, IOFailure when the file cannot be written; nothing half-made stays.
     """
@@ -66,17 +75,18 @@ def export(
     config = run.config()
     chosen = checkpoint.choose(run.checkpoints, which)
     tokenizer = _tokenizer(run)
-    weights = checkpoint.load_model(chosen)
-    parameters = _parameters(config, int(tokenizer["vocabulary"]), weights, chosen)
-    weights = {name: _cast(name, weight, dtype) for name, weight in weights.items()}
+    held, tensors, metric = load_weights(chosen, weights)
+    parameters = _parameters(config, int(tokenizer["vocabulary"]), tensors, chosen)
+    tensors = {name: _cast(name, weight, dtype) for name, weight in tensors.items()}
     step = checkpoint.step_of(chosen)
-    measured = [(int(m["step"]), float(m["val/loss"])) for m in run.metrics() if "val/loss" in m and int(m["step"]) <= step]
+    measured = [(int(m["step"]), float(m[metric])) for m in run.metrics() if metric in m and int(m["step"]) <= step]
     loss_step, loss = measured[-1] if measured else (None, None)
     metadata = _metadata(run, config, tokenizer)
-    metadata |= {"step": str(step), "dtype": dtype} | ({} if loss is None else {"val/loss": str(loss), "val/step": str(loss_step)})
-    metadata[HASH] = _digest(metadata, weights)
-    _write(file, weights, metadata)
-    return Exported(file, file.stat().st_size, parameters, step, loss, loss_step)
+    metadata |= {"step": str(step), "dtype": dtype, "weights": held}
+    metadata |= {} if loss is None else {"val/loss": str(loss), "val/step": str(loss_step)}
+    metadata[HASH] = _digest(metadata, tensors)
+    _write(file, tensors, metadata)
+    return Exported(file, file.stat().st_size, parameters, step, loss, loss_step, held)
 
 
 def _tokenizer(run: Run) -> dict[str, Any]:

@@ -16,19 +16,21 @@ from gptlab.data.tokenizer import Tokenizer, from_json
 from gptlab.generate.sampling import check_settings, generate
 from gptlab.model.linear import undrawn
 from gptlab.model.transformer import Transformer
-from gptlab.runner.checkpoint import choose, fill, load_model
+from gptlab.runner.averages import check_weights, load_weights
+from gptlab.runner.checkpoint import choose, fill
 from gptlab.runner.export import read_export
 from gptlab.runner.run import Run, find_run
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A trained model with its tokeniser and config; of an exported file there is no `run`."""
+    """A trained model with its tokeniser and config; of an exported file there is no `run`. `weights`: trained, or average."""
 
     run: Run | None
     config: Config
     model: Transformer
     tokenizer: Tokenizer
+    weights: str = "trained"
 
     def sample(self, prompt: str = "\n", *, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> str:
         """Text after a prompt. Raises ConfigError for settings that mean nothing or a prompt the tokeniser does not know."""
@@ -42,25 +44,33 @@ class Loaded:
         return self.tokenizer.decode(list(made))
 
 
-def load(run: str | Run, *, checkpoint: str = "latest", device: str = "cpu") -> Loaded:
+def load(run: str | Run, *, checkpoint: str = "latest", weights: str = "default", device: str = "cpu") -> Loaded:
     """Open a run (directory, identity, unique prefix, or `latest`) at its newest good checkpoint, or an exported file, in evaluation mode.
 
-    `checkpoint` is another one: `best`, a step, or its folder. Raises ConfigError if there is no such run or a component is not registered,
-    CheckpointError if no checkpoint is usable.
+    `checkpoint` is another one: `best`, a step, or its folder. `weights`: `trained`; `average`, which callback=ema and
+    optimizer=schedule_free make; or `default`: the average of schedule_free, whose trained weights are no model to use, else the trained.
+    Raises ConfigError if there is no such run or average or a component is not registered, CheckpointError if no checkpoint is usable.
     """
     load_components()
     if isinstance(run, str) and run.endswith(".safetensors"):
-        config, tokenizer, weights, _ = read_export(Path(run))
-        return Loaded(None, config, _filled(config, tokenizer, weights, run).to(torch.device(device)).eval(), tokenizer)
+        config, tokenizer, tensors, metadata = read_export(Path(run))
+        held = metadata.get("weights", "trained")  # those of an older gptlab do not say
+        check_weights(weights)
+        if weights not in ("default", held):
+            raise ConfigError(
+                f"weights={weights}: {run} holds its {held} weights alone; `gptlab export --weights {weights}` writes the others"
+            )
+        return Loaded(None, config, _filled(config, tokenizer, tensors, run).to(torch.device(device)).eval(), tokenizer, held)
     found = run if isinstance(run, Run) else find_run(run)
     config = found.config()
     chosen = choose(found.checkpoints, checkpoint)
+    held, tensors, _ = load_weights(chosen, weights)
     file = found.directory / "tokenizer.json"
     try:
         tokenizer = from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error})") from error
-    return Loaded(found, config, _filled(config, tokenizer, load_model(chosen), str(chosen)).to(torch.device(device)).eval(), tokenizer)
+    return Loaded(found, config, _filled(config, tokenizer, tensors, str(chosen)).to(torch.device(device)).eval(), tokenizer, held)
 
 
 def _filled(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor], where: str) -> Transformer:

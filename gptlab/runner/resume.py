@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gptlab.config.errors import DivergedError
 from gptlab.runner import checkpoint, sharded
+from gptlab.runner.averages import fill
 from gptlab.runner.passed import passed_batches
 from gptlab.runner.state import State, optimizer_targets, unpack_optimizer
 from gptlab.runner.trainer import Trainer
@@ -44,12 +45,13 @@ def roll_back(trainer: Trainer) -> None:
 
 def restore(trainer: Trainer, found: Path) -> None:
     """Give a trainer back the state of a checkpoint, whole or sharded, whatever its own strategy. Raises CheckpointError."""
-    saved = checkpoint.load_state(found)
+    saved, callbacks = checkpoint.load_state(found), trainer.averages.callbacks_tensors()
     if trainer.strategy.sharded:
         model, tensors = trainer.model.state_dict(), optimizer_targets(trainer.optimizer, sharded.shapes(found))
-        sharded.load_into(found, {**model, **tensors}, trainer.world.writers())
+        sharded.load_into(found, {**model, **tensors, **callbacks}, trainer.world.writers())
     else:
         model, tensors = checkpoint.load_tensors(found)
+        fill(callbacks, tensors, found)
     checkpoint.fill(trainer.model, model, found)
     unpack_optimizer(trainer.optimizer, saved["optimizer"], tensors)
     if saved["scaler"]:

@@ -27,6 +27,7 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     wall: float = 0.0
+    begun: float = 0.0  # seconds when the run began: 0, or those of the checkpoint it went on from
     timed_tokens: int = 0  # tokens and seconds after the warm-up of each session
     timed_seconds: float = 0.0
     losses: Losses = field(default_factory=Losses)

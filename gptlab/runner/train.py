@@ -9,7 +9,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import is_out_of_memory, machine, peak_memory, restored
 from gptlab.hardware.world import ElsewhereFailed, World
 from gptlab.model.transformer import meta_model
-from gptlab.runner import checkpoint
+from gptlab.runner import branch, checkpoint
 from gptlab.runner.environment import environment, source_hash
 from gptlab.runner.guard import BATCHES
 from gptlab.runner.log import Log, memory_advice
@@ -65,11 +65,13 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
     with own_randomness(), restored():
         if _LAST and _LAST.pop()() is not None:  # a failure's traceback, or a component, held it in a circle
             gc.collect()
-        resolved = resolve(config, machine())
-        world = build(resolved.hardware.strategy).join()
-        _check_model(resolved)
+        composed = resolve(config, machine())
+        world = build(composed.hardware.strategy).join()
+        _check_model(composed)
+        resolved, origin = world.share(lambda: branch.settle(composed))
         with contextlib.closing(_prepare(resolved, world)) as data:
-            request = _Request(rerun, title or resolved.name or "base", settings or {}, job, started)
+            labels = dict(settings or {}) | ({"trainer.start": str(origin.step)} if origin and settings else {})
+            request = _Request(rerun, title or resolved.name or "base", labels, job, started, origin)
             try:
                 outcome = _find_or_train(resolved, data, world, request)
             except (Stopped, DivergedError, ElsewhereFailed):  # every rank has come to this
@@ -86,13 +88,15 @@ class _Request:
     settings: dict[str, str]
     job: int
     started: float
+    origin: branch.Origin | None
 
 
 def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Request) -> Outcome:
     outside = codec.outside_sources(resolved)
     identity = codec.identity(resolved, data.hash, outside)
     run = world.share(lambda: run_of(resolved, identity))
-    arm = arm_of(resolved, data.hash, outside)
+    origin = request.origin
+    arm = branch.arm_of(resolved, data.hash, outside, world.share(lambda: branch.start_arm(run, origin)))
 
     def join_the_study() -> None:
         join_study(run, resolved, arm=arm, settings=request.settings, job=request.job)
@@ -115,6 +119,8 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
                 say((missing, "yellow"))
         return _skip(run, done, request.title)
     trainer = _built(resolved, data, run, request.started)  # what cannot be built is said before anything is made
+    if origin and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints)):
+        origin.found = world.share(lambda: branch.check(trainer, origin))
     with contextlib.ExitStack() as held:
 
         def take() -> dict[str, Any] | None:
@@ -131,7 +137,7 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
         if resolved.trainer.mirror and world.first:
             held.enter_context(_mirrored(trainer, request.rerun))  # outside the log, so that a failure is copied too
         held.enter_context(Log(run, trainer))
-        return _train(trainer, request.title)
+        return _train(trainer, request.title, origin)
 
 
 def _check_model(config: Config) -> None:
@@ -157,12 +163,6 @@ def _built(config: Config, data: Prepared, run: Run, started: float) -> Trainer:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise ConfigError(f"the model could not be built: {type(error).__name__}: {error} ({place})") from error
-
-
-def arm_of(config: Config, manifest_hash: str, outside: dict[str, str]) -> str:
-    """What all seeds of an arm share: the identity with every seed at 0."""
-    seedless = replace(config, seed=0, seeds=replace(config.seeds, init=0, data=0, dropout=0))
-    return codec.identity(seedless, manifest_hash, outside)
 
 
 def _prepare(config: Config, world: World) -> Prepared:
@@ -196,7 +196,7 @@ def _clear(run: Run) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _train(trainer: Trainer, title: str) -> Outcome:
+def _train(trainer: Trainer, title: str, origin: branch.Origin | None) -> Outcome:
     config, run, world = trainer.config, trainer.run, trainer.world
     if world.first:
         checkpoint.remove_partial(run.checkpoints)
@@ -207,6 +207,8 @@ def _train(trainer: Trainer, title: str) -> Outcome:
         say((f"passed over {complaint}", "yellow"))
     if complaints and not trainer.state.step:
         say(("no checkpoint is whole: the run begins anew", "yellow"))
+    if origin and not trainer.state.step:
+        branch.begin(trainer, origin)
     _announce(trainer, title)
     if not world.first:
         with RunProgress(title, trainer.steps) as progress, contextlib.closing(trainer.writer):
@@ -265,6 +267,8 @@ def _write_down(trainer: Trainer) -> None:
 def _announce(trainer: Trainer, title: str) -> None:
     hardware, ranks = trainer.config.hardware, trainer.world.size
     resumed = f", resumed at step {trainer.state.step}" if trainer.state.step else ""
+    if trainer.start and trainer.state.step == trainer.start:
+        resumed = f", from {trainer.config.trainer.start}"
     line = (
         f"  {title}: {trainer.parameters:,} parameters, {hardware.device}{f' x {ranks}' if ranks > 1 else ''}, {hardware.precision}"
         f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{resumed}"

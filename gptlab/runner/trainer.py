@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptlab.config.errors import ConfigError, DataError, IOFailure
+from gptlab.config.errors import DataError, IOFailure
+from gptlab.config.record import Recording
 from gptlab.config.registry import build
-from gptlab.config.resolve import parse_budget, parse_duration
+from gptlab.config.resolve import parse_duration
 from gptlab.config.schema import Config
 from gptlab.data.loader import Batch, Loader
 from gptlab.data.prepared import Prepared
@@ -23,8 +24,11 @@ from gptlab.hardware.strategy import Strategy
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
 from gptlab.optimizer.groups import parameter_groups
 from gptlab.runner import sharded
+from gptlab.runner.averages import Averages
 from gptlab.runner.callback import Callback
 from gptlab.runner.guard import Guard
+from gptlab.runner.length import length_of
+from gptlab.runner.profile import Profile
 from gptlab.runner.run import Run
 from gptlab.runner.state import State, pack_optimizer, seed_step
 from gptlab.runner.stop import Stop, Waiting
@@ -34,7 +38,6 @@ from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.protocol import Metrics, Tracker
 
 WARMUP_STEPS = 10  # left out of tokens_per_second: first steps allocate, tune and compile
-UNKNOWN_STEPS = 1e12  # of a run by the clock, before its first step: far from any decay
 
 
 class _Step(nn.Module):
@@ -75,21 +78,15 @@ class Trainer:
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         # The rate that is shown: of the matrices, where the roles have rates of their own.
         self._shown = next((i for i, g in enumerate(self.optimizer.param_groups) if g.get("role") == "matrix"), 0)
-        self.schedule = build(config.schedule)
         self.scaler = scaler(self.device, config.hardware.precision)
-        budget = parse_budget(config.trainer.budget)
-        if budget.unit == "epochs" and self.loader.endless:
-            raise ConfigError(
-                f"trainer.budget={config.trainer.budget}: this text has no known end; give data.corpus.tokens, or a budget in tokens"
-            )
-        self.time_budget = 60 * budget.amount if budget.unit == "min" else math.inf
-        self.steps = budget.steps(
-            batch_tokens=self.batch_tokens,
-            epoch_tokens=self.loader.epoch_tokens if budget.unit == "epochs" else 0,
-            parameters=self.parameters,
-            flops_per_token=self.flops_per_token,
-        )
+        self.length = length_of(config, self)
+        self.steps, self.start = self.length.steps, self.length.start  # start: of a branch the step of its parent's checkpoint, else 0
+        self.schedule = build(config.schedule, batch_tokens=self.batch_tokens, steps=self.steps, start=self.start)
         self.callbacks: list[Callback] = [build(options) for options in config.callbacks.values()]
+        self.averages = Averages(self)
+        self._before_update = [c.before_update for c in self.callbacks if type(c).before_update is not Callback.before_update]
+        self._aside = 0.0  # seconds that these took in the last step
+        self.profile = Profile(config.trainer.profile if self.world.first else "", run.directory / "profile", self.device, self.steps)
         self._step = self.strategy.wrap(_Step(self.model, build(config.objective)))
         self.forward: Callable[[Batch], Tensor] = torch.compile(self._step) if config.hardware.compile else self._step
         self.state = State()
@@ -114,14 +111,17 @@ class Trainer:
         self._sinks = () if metrics is None else (metrics.write, tracker.log, progress.update)
         started, wall, session_start = time.perf_counter(), self.state.wall, self.state.step
         self.model.train()
-        with self.stop:
+        with self.stop, self.profile.session():
             self._each("on_start")
-            if self.config.trainer.on_nonfinite == "rollback" and not self.state.step:
+            if self.config.trainer.on_nonfinite == "rollback" and self.state.step == self.start:
                 self.save_checkpoint()  # something to go back to
             while not self.finished:
-                before = time.perf_counter()
-                measured = self.train_step(self._next_batch())
-                seconds = time.perf_counter() - before
+                number = self.state.step + 1  # `record` collects where a line will follow, and at first, to refuse what is wrong early
+                told = Recording(number % self.config.trainer.log_every == 0 or number in (session_start + 1, self.steps))
+                with self.profile, told:
+                    before = time.perf_counter()
+                    measured = self.train_step(self._next_batch())
+                    seconds = time.perf_counter() - before - self._aside
                 self.state.batch += measured is not None  # one that was passed over is left out by `_next_batch` from now on
                 if measured is not None:
                     self.state.step += 1
@@ -134,7 +134,7 @@ class Trainer:
                     if self.steps is None:  # all ranks end by the same watch
                         self.state.seconds = self.world.gather(self.state.seconds)[0][0]
                     if self.state.step % self.config.trainer.log_every == 0 or self.finished or "train/spike" in measured:
-                        self.record(measured)
+                        self.record(told.metrics(measured))
                     self._each("on_step")
                 if self._unwritten:
                     self.writer.fail(self._unwritten)
@@ -154,15 +154,12 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the budget is spent."""
-        return self.state.step >= self.steps if self.steps is not None else self.state.seconds >= self.time_budget
+        return self.length.finished(self.state)
 
     @property
     def total_steps(self) -> float:
         """Steps of the whole run; where time is the budget, estimated from the steps so far."""
-        if self.steps is not None:
-            return self.steps
-        share = self.state.seconds / self.time_budget
-        return self.state.step / share if share > 0 else UNKNOWN_STEPS
+        return self.length.total(self.state)
 
     def _next_batch(self) -> Batch:
         """The own rows of this step's batch. Of a stream they may have to be waited for, and a signal ends the waiting."""
@@ -227,9 +224,14 @@ class Trainer:
         factor = self.schedule(self.state.step, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        started = time.perf_counter()
+        for hook in self._before_update:
+            hook(self)
+        self._aside = time.perf_counter() - started
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._each("after_update")
         synchronise(self.device)
         return {"train/loss": loss_value, "train/learning_rate": self.rates[self._shown] * factor, "train/gradient_norm": norm, **told}
 
@@ -264,10 +266,11 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Hand a checkpoint of this step to the writer; every rank calls it."""
         optimizer, tensors = pack_optimizer(self.optimizer)
-        state: dict[str, Any] = {"state": self.state.to_json(), "optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        averages, kept = self.averages.saved()
+        state: dict[str, Any] = {"state": self.state.to_json(), "optimizer": optimizer, "scaler": self.scaler.state_dict(), **averages}
         step, loss = self.measured_on_held_out
         metrics = {"val/loss": loss} if step == self.state.step else {}
-        self.writer.save(self.state.step, self.model.state_dict(), tensors, state, metrics)
+        self.writer.save(self.state.step, self.model.state_dict(), tensors | kept, state, metrics)
 
     def _each(self, hook: str) -> None:
         for callback in self.callbacks:

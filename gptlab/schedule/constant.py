@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from gptlab.config.registry import register
-from gptlab.schedule.protocol import Schedule, check, warmed
+from gptlab.schedule.protocol import Schedule, warm_up
 
 
 @register("schedule", "constant")
-def constant(*, warmup: int = 100) -> Schedule:
-    """The full rate throughout, after `warmup` steps."""
-    check(warmup=warmup)
-
-    def factor(step: int, total: float) -> float:
-        rising = warmed(step, warmup)
-        return 1.0 if rising is None else rising
-
-    return factor
+def constant(batch_tokens: int, steps: int | None, *, warmup: int | str = "auto") -> Schedule:
+    """The full rate throughout, after the warm-up."""
+    rise = warm_up(warmup, batch_tokens, steps)
+    return lambda step, total: rise(step)

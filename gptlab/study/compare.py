@@ -10,7 +10,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 from gptlab.config.slots import SLOTS
 from gptlab.runner.run import Run, all_runs, find_study, members
-from gptlab.study.statistics import Interval, deviation, mean_interval, seeds_to_settle
+from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most, seeds_to_settle
 
 METRIC, ACCURACY = "val/loss", "val/accuracy"
 
@@ -43,11 +43,13 @@ class Row:
     pairing_gain: float | None  # unpaired over paired standard deviation of the difference
     seeds_to_settle: int | None
     parameters: int
+    steps: float
     tokens: float
     flops: float
     seconds: float
     tokens_per_second: float
     peak_memory: float
+    p_target: float | None  # one-sided, that the mean loss is above the comparison's target
     extra: dict[str, float]  # whatever else was measured at the end, mean of the seeds
 
 
@@ -59,9 +61,11 @@ class Comparison:
     metric: str
     rows: list[Row]
     notes: list[str]
+    target: float | None = None  # a loss to be reached, as a speed run has one
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": 1, "study": self.study, "metric": self.metric, "rows": [asdict(r) for r in self.rows], "notes": self.notes}
+        rows = [asdict(r) for r in self.rows]
+        return {"version": 1, "study": self.study, "metric": self.metric, "target": self.target, "rows": rows, "notes": self.notes}
 
 
 def collect(study: str) -> tuple[list[Arm], list[str]]:
@@ -106,8 +110,10 @@ def _word(key: str, value: str) -> str:
     return value if key in SLOTS or key in ("model", "data", "hardware", "name") else f"{key.rpartition('.')[2]}={value}"
 
 
-def compare(study: str, *, baseline: str | None = None) -> Comparison:
+def compare(study: str, *, baseline: str | None = None, target: float | None = None) -> Comparison:
     """Compare a study's arms on the held-out loss of their last step. The baseline is the first arm unless one is named.
+
+    With a `target`, each arm is also tested on whether its mean over the seeds is at most that.
 
     Raises ConfigError when the study is unknown or has no finished run, the baseline is not an arm, or the arms were not
     measured on the same tokens.
@@ -118,7 +124,7 @@ def compare(study: str, *, baseline: str | None = None) -> Comparison:
     base = _baseline(arms, baseline)
     notes += _comparable(arms)
     ordered = [base, *(a for a in arms if a is not base)]
-    return Comparison(study, METRIC, [_row(a, base) for a in ordered], notes)
+    return Comparison(study, METRIC, [_row(a, base, target) for a in ordered], notes, target)
 
 
 def _baseline(arms: list[Arm], named: str | None) -> Arm:
@@ -131,7 +137,7 @@ def _baseline(arms: list[Arm], named: str | None) -> Arm:
     raise ConfigError(f"--baseline {named!r} is not an arm{suggest(named, labels)}; there are: {'; '.join(labels)}")
 
 
-def _row(arm: Arm, base: Arm) -> Row:
+def _row(arm: Arm, base: Arm, target: float | None) -> Row:
     losses = {seed: float(s[METRIC]) for seed, s in arm.summaries.items() if METRIC in s}
     base_losses = {seed: float(s[METRIC]) for seed, s in base.summaries.items() if METRIC in s}
     paired = sorted(losses.keys() & base_losses.keys())
@@ -150,11 +156,13 @@ def _row(arm: Arm, base: Arm) -> Row:
         pairing_gain=gain,
         seeds_to_settle=seeds_to_settle(differences) if arm is not base else None,
         parameters=int(arm.mean("parameters") or 0),
+        steps=arm.mean("step") or 0.0,
         tokens=arm.mean("tokens") or 0.0,
         flops=arm.mean("flops") or 0.0,
         seconds=arm.mean("seconds") or 0.0,
         tokens_per_second=arm.mean("train/tokens_per_second") or 0.0,
         peak_memory=arm.mean("memory/peak_bytes") or 0.0,
+        p_target=p_at_most(list(losses.values()), target) if target is not None else None,
         extra={name: value for name in _extra_names(arm) if (value := arm.mean(name)) is not None},
     )
 
@@ -192,6 +200,8 @@ def _comparable(arms: list[Arm]) -> list[str]:
     contexts = {arm.label: _setting(arm, "model", "context_length") for arm in arms}
     if len(set(contexts.values())) > 1:
         notes.append(f"different context lengths ({contexts}): a longer one sees more before each token it is scored on")
+    if len({arm.mean("step") for arm in arms}) > 1:
+        notes.append("the arms ended at different steps: a difference between two of them is of their length, too")
     counts = {len(arm.runs) for arm in arms}
     if len(counts) > 1:
         notes.append("the arms have different numbers of seeds; differences use the seeds both have")

@@ -19,13 +19,20 @@ HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "parameters", "tokens
 
 
 def headers(comparison: Comparison) -> tuple[str, ...]:
-    """The table's columns; of a generated task the last tells the share of right answers."""
-    return (*HEADERS[:-1], ACCURACY) if any(ACCURACY in row.extra for row in comparison.rows) else HEADERS
+    """The table's columns: how long each arm trained where that differs, and of a generated task the share of right answers."""
+    rows = comparison.rows
+    lengths = ["steps"] if len({row.steps for row in rows}) > 1 else []
+    if len({row.tokens / max(1.0, row.steps) for row in rows}) > 1:
+        lengths.append("tokens")
+    if lengths:
+        lengths.append("seconds")
+    last = ACCURACY if any(ACCURACY in row.extra for row in rows) else HEADERS[-1]
+    return (*HEADERS[:2], *lengths, *HEADERS[2:-1], last)
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     """One line of the table as text."""
-    found = (
+    values = (
         row.label,
         str(len(row.seeds)),
         f"{row.loss.mean:.4f}",
@@ -33,7 +40,10 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.parameters:,}",
         f"{row.tokens_per_second:,.0f}",
     )
-    return (*found[:-1], f"{row.extra[ACCURACY]:.1%}") if ACCURACY in row.extra else found
+    found = dict(zip(HEADERS, values, strict=True))
+    found |= {"steps": f"{row.steps:,.0f}", "tokens": f"{row.tokens:,.0f}", "seconds": f"{row.seconds:,.1f}"}
+    found[ACCURACY] = f"{row.extra[ACCURACY]:.1%}" if ACCURACY in row.extra else ""
+    return tuple(found[column] for column in columns)
 
 
 def difference(interval: Interval | None) -> str:
@@ -53,12 +63,14 @@ def table(comparison: Comparison) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for i, header in enumerate(headers(comparison)):
+    columns = headers(comparison)
+    for i, header in enumerate(columns):
         shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in comparison.rows:
-        values: list[str | Text] = list(cells(row))
+        values: list[str | Text] = list(cells(row, columns))
         if row.difference and row.difference.excludes_zero:
-            values[3] = Text(str(values[3]), style="green" if row.difference.mean < 0 else "red")
+            place = columns.index(HEADERS[3])
+            values[place] = Text(str(values[place]), style="green" if row.difference.mean < 0 else "red")
         shown.add_row(*values)
     return shown
 
@@ -89,7 +101,7 @@ def show(comparison: Comparison) -> None:
 
 def remarks(comparison: Comparison) -> list[str]:
     """What the table does not say: which arms are undecided and what pairing gained."""
-    found = []
+    found = [_against_target(row, comparison.target) for row in comparison.rows if comparison.target is not None]
     for row in comparison.rows:
         if row.difference is not None and row.difference.half is not None and not row.difference.excludes_zero:
             more = f"about {row.seeds_to_settle} seeds would settle it" if row.seeds_to_settle else "over 1,000 seeds would be needed"
@@ -101,11 +113,18 @@ def remarks(comparison: Comparison) -> list[str]:
     return found + comparison.notes
 
 
+def _against_target(row: Row, target: float) -> str:
+    mean = f"{row.label}: {row.loss.mean:.4f} over {row.loss.n} seed{'s' if row.loss.n > 1 else ''}"
+    if row.p_target is None:
+        return f"{mean} against {target:g}; at least two seeds that differ are needed to say more"
+    return f"{mean} is {'at most' if row.loss.mean <= target else 'above'} {target:g}; one-sided p of a mean above it: {row.p_target:.2g}"
+
+
 def markdown(comparison: Comparison) -> str:
     """The comparison as a markdown table with its remarks."""
     columns = headers(comparison)
     lines = [" | ".join(("", *columns, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
-    lines += [" | ".join(("", *cells(row), "")).strip() for row in comparison.rows]
+    lines += [" | ".join(("", *cells(row, columns), "")).strip() for row in comparison.rows]
     notes = remarks(comparison)
     for name in sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY}):
         values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)

@@ -60,6 +60,17 @@ def t_distribution(t: float, df: int) -> float:
     return 0.5 + within / 2
 
 
+def p_at_most(values: list[float], target: float) -> float | None:
+    """One-sided p of Student's t that the values' true mean is above `target`; None where there are too few values to say."""
+    if len(values) < 2:
+        return None
+    spread, below = deviation(values) / math.sqrt(len(values)), target - math.fsum(values) / len(values)
+    if spread == 0:
+        return None
+    tail = 1 - t_distribution(abs(below) / spread, len(values) - 1)
+    return tail if below >= 0 else 1 - tail
+
+
 def seeds_to_settle(differences: list[float]) -> int | None:
     """How many paired seeds would make this mean difference's 95 % interval leave out zero; None if not under 1,000."""
     if len(differences) < 2:

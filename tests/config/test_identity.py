@@ -30,7 +30,8 @@ GOLDEN = {
 FREE = ("hardware.device", "hardware.strategy", "hardware.threads", "hardware.micro_batch", "data.corpus", "data.tokenizer",
         "data.validation_fraction", "data.validation", "data.filter", "tracker", "trainer.log_every",
         "trainer.on_nonfinite", "trainer.max_passed",
-        "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.mirror", "study", "name", "seed")  # fmt: skip
+        "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.profile", "trainer.mirror",
+        "study", "name", "seed")  # fmt: skip
 
 
 def _identity(config: Config) -> str:

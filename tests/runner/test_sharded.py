@@ -155,7 +155,7 @@ def test_a_sharded_run_loads_as_the_whole_model_that_ddp_made(runs: dict[str, Pa
     newest = checkpoint.require_good(parts.run.checkpoints)
     assert sorted(f.name for f in newest.glob("*.safetensors")) == [f"shard-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     assert parts.sample("The", max_tokens=5, temperature=0) == whole.sample("The", max_tokens=5, temperature=0)
     ours, theirs = (checkpoint.load_tensors(checkpoint.require_good(r.run.checkpoints))[1] for r in (whole, parts))
     assert ours.keys() == theirs.keys()

@@ -13,7 +13,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.runner.run import Run
 from gptlab.study.compare import compare
 from gptlab.study.report import draw_curves, markdown
-from gptlab.study.statistics import mean_interval
+from gptlab.study.statistics import mean_interval, p_at_most
 from tests.tiny import tiny
 
 
@@ -42,6 +42,11 @@ def test_arms_are_compared_on_paired_seeds_against_the_first(corpus_file: Path) 
     assert compare("s", baseline="rmsnorm").rows[0].label == "rmsnorm"
     assert json.loads(json.dumps(found.to_json()))["rows"][1]["difference"]["n"] == 3
     assert "| rmsnorm | 3 |" in markdown(found)
+    losses = [loss(runs["layernorm", s]) for s in (0, 1, 2)]
+    aimed = compare("s", target=max(losses) + 0.01)
+    assert aimed.rows[0].p_target == p_at_most(losses, max(losses) + 0.01)
+    assert f"layernorm: {mean_interval(losses).mean:.4f} over 3 seeds is at most {max(losses) + 0.01:g}; one-sided p" in markdown(aimed)
+    assert f"over 3 seeds is above {min(losses) - 0.01:g}; one-sided p" in markdown(compare("s", target=min(losses) - 0.01))
     picture = draw_curves("s", Path(runs["rmsnorm", 0].directory) / "curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptlab.study.statistics import deviation, mean_interval, seeds_to_settle, t_distribution, t_quantile
+from gptlab.study.statistics import deviation, mean_interval, p_at_most, seeds_to_settle, t_distribution, t_quantile
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,13 @@ def test_the_number_of_seeds_that_would_settle_it_settles_it() -> None:
     assert t_quantile(0.975, n - 2) * spread / (n - 1) ** 0.5 >= mean
     assert seeds_to_settle([0.0, 0.0]) is None
     assert seeds_to_settle([0.1]) is None
+
+
+def test_the_one_sided_p_of_a_mean_above_a_target() -> None:
+    values = [1.0, 2.0, 3.0]  # mean 2, standard error 1/sqrt(3)
+    se = 3**-0.5
+    assert p_at_most(values, 2 + 2.9200 * se) == pytest.approx(0.05, abs=1e-4)  # the 0.95 quantile of t with 2 degrees of freedom
+    assert p_at_most(values, 2 - 2.9200 * se) == pytest.approx(0.95, abs=1e-4)
+    assert p_at_most(values, 2.0) == pytest.approx(0.5)
+    assert p_at_most([1.0], 2.0) is None
+    assert p_at_most([1.0, 1.0], 2.0) is None
