@@ -8,12 +8,14 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
+
+from omegaconf import MISSING
 
 from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.registry import absent, check_choices, component, component_of, suggest
-from gptlab.config.schema import NOT_IDENTITY, Config
+from gptlab.config.schema import NOT_IDENTITY, Config, ModelConfig
 from gptlab.config.slots import SLOTS, Options
 
 VERSION = 1
@@ -118,6 +120,13 @@ def _pruned(value: Any, path: str = "") -> Any:
         elif inner != _default_of(f):
             kept[f.name] = encode(inner)
     return kept
+
+
+def completed(model: ModelConfig) -> ModelConfig:
+    """With the component that does nothing in every slot that was left open, as one from before the slot leaves it."""
+    names = {slot.path.partition("/")[2]: slot for slot in SLOTS.values() if slot.absent}
+    nothing: dict[str, Any] = {name: absent(slot) for name, slot in names.items() if getattr(model, name) == MISSING}
+    return replace(model, **nothing)
 
 
 def _is_absent(value: Any) -> bool:

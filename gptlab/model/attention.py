@@ -64,7 +64,6 @@ class MultiHead(nn.Module):
         # Normalised q and k have length sqrt(k), so the same scale holds scores within ±sqrt(k).
         self.scale = head_width**-0.5
         sizes = {"q": heads * head_width, "k": kv_heads * head_width, "v": kv_heads * head_width}
-        self.sizes = list(sizes.values())
         self.qkv = FusedLinear(width, sizes, bias=bias)
         self.out = OutputLinear(heads * head_width, width, bias=bias)
         self.kernel, self.value, self.gate = kernel, value(kv_heads, head_width), gate
@@ -74,12 +73,12 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
         b, t, _ = x.shape
-        q, k, v = self.qkv(x).split(self.sizes, -1)
-        q = q.view(b, t, self.heads, self.head_width).transpose(1, 2)
-        k = k.view(b, t, self.kv_heads, self.head_width).transpose(1, 2)
-        v = self.value(v.view(b, t, self.kv_heads, self.head_width).transpose(1, 2), context)
+        together = self.heads + self.kv_heads
+        qk, v = self.qkv(x).view(b, t, together + self.kv_heads, self.head_width).split((together, self.kv_heads), 2)
         if self.qk_norm:
-            q, k = rms_normalised(q, eps=1e-6), rms_normalised(k, eps=1e-6)
+            qk = rms_normalised(qk, eps=1e-6)
+        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), 1)
+        v = self.value(v.transpose(1, 2), context)
         q, k = context.position.rotate(q, k, context.positions)
         q, k, v = self.q(q), self.k(k), self.v(v)
         k_order = context.order

@@ -13,7 +13,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.model.context import Context
 from gptlab.model.dropout import drop
-from gptlab.model.linear import FusedLinear, Linear, OutputLinear
+from gptlab.model.linear import FusedLinear, HiddenLinear, OutputLinear
 
 
 class _Plain(nn.Module):
@@ -24,7 +24,7 @@ class _Plain(nn.Module):
         hidden = round(expansion * width)
         if hidden < 1:
             raise ConfigError(f"model.ffn.expansion={expansion} leaves no hidden units at width {width}")
-        self.up = Linear(width, hidden, bias=bias)
+        self.up = HiddenLinear(width, hidden, bias=bias)
         self.down = OutputLinear(hidden, width, bias=bias)
         self.hidden = nn.Identity()  # tap
         self.dropout = dropout

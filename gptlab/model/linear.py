@@ -12,40 +12,51 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def linear(x: Float[Tensor, "... d"], weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None = None) -> Float[Tensor, "... o"]:
-    """x · weightᵀ + bias. Under bf16 autocast on a CPU the products, forward and backward, are bf16, and what goes in and comes out fp32.
+def linear(
+    x: Float[Tensor, "... d"], weight: Float[Tensor, "o d"], bias: Float[Tensor, " o"] | None = None, *, narrow: bool = False
+) -> Float[Tensor, "... o"]:
+    """x · weightᵀ + bias. Under bf16 autocast on a CPU the products, forward and backward, are bf16, and what comes out is fp32.
 
     torch's own autocast hands on bf16 results there, and sums and products of unlike types cost a small model all that its
-    matrix products gain.
+    matrix products gain. `narrow`: leave it in bf16 all the same, for what only goes through a function on its way to the next product.
     """
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
-        product: Tensor = _Product.apply(x, weight, torch.get_autocast_dtype("cpu"))  # type: ignore[no-untyped-call]
-        return product if bias is None else product + bias
+        product: Tensor = _Product.apply(x, weight, torch.get_autocast_dtype("cpu"), narrow)  # type: ignore[no-untyped-call]
+        return product if bias is None else product + bias.to(product.dtype)
     return F.linear(x, weight, bias)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, narrow = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
-        context.save_for_backward(rows, narrow)
+    def forward(context: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, narrow: bool) -> Tensor:
+        rows, matrix = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
+        context.save_for_backward(rows, matrix)
         context.shape, context.dtype = x.shape, x.dtype
-        return torch.mm(rows, narrow.t()).float().view(*x.shape[:-1], weight.shape[0])
+        product = torch.mm(rows, matrix.t())
+        return (product if narrow else product.float()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, narrow = context.saved_tensors
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, matrix = context.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(rows.dtype)
-        of_x = torch.mm(gradient, narrow).to(context.dtype).view(context.shape) if context.needs_input_grad[0] else None
+        of_x = torch.mm(gradient, matrix).to(context.dtype).view(context.shape) if context.needs_input_grad[0] else None
         of_weight = torch.mm(gradient.t(), rows).float() if context.needs_input_grad[1] else None
-        return of_x, of_weight, None
+        return of_x, of_weight, None, None
 
 
 class Linear(nn.Linear):
-    """A linear layer by `linear`."""
+    """A linear layer by `linear`; what it gives may stay `narrow`."""
+
+    narrow = False
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, narrow=self.narrow)
+
+
+class HiddenLinear(Linear):
+    """The first product of a feed-forward: what it gives goes through an activation into the next product."""
+
+    narrow = True
 
 
 class FusedLinear(Linear):

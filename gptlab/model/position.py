@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -116,12 +116,29 @@ class Rotary(Position):
         self, q: Float[Tensor, "b h t k"], k: Float[Tensor, "b g t k"], positions: Int[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b h t k"], Float[Tensor, "b g t k"]]:
         cos, sin = self.cos[positions][:, None].to(q.dtype), self.sin[positions][:, None].to(q.dtype)
-        return _turn(q, cos, sin), _turn(k, cos, sin)
+        if torch.compiler.is_compiling():
+            return _turn(q, cos, sin), _turn(k, cos, sin)
+        turned: tuple[Tensor, Tensor] = _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+        return turned
 
 
 def _turn(x: Float[Tensor, "b h t k"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h t k"]:
     # sin carries the sign of its half, so that swapping the halves is the whole rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class _Turned(torch.autograd.Function):
+    """`_turn`, whose gradient is the turn back: half the operators of autograd's, and nothing kept but the angles."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        context.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = context.saved_tensors
+        return _turn(gradients[0], cos, -sin), None, None
 
 
 @register("model/position", "alibi")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gptlab.config.codec import completed
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import absent, build, component_of
 from gptlab.config.schema import ModelConfig
@@ -41,6 +42,7 @@ class Transformer(nn.Module):
                 f"model.heads={config.heads} does not divide model.width={config.width}; "
                 f"try heads={_nearest_divisor(config.width, config.heads)}"
             )
+        config = completed(config)
         self.config, self.vocabulary = config, vocabulary
         width, heads, context_length = config.width, config.heads, config.context_length
         head_width = width // heads
@@ -62,15 +64,16 @@ class Transformer(nn.Module):
         self.position: Position = build(config.position, context_length=context_length, **sizes)
         self.input: nn.Module = build(config.input, width=width)
         self.embedded = nn.Identity()  # tap: the stream before the first block
-        self.streams, self.blocks = nn.ModuleList(), nn.ModuleList()
+        self.blocks = nn.ModuleList()
         for layer in range(config.depth):
             place = {"layer": layer, "depth": config.depth}
             value = partial(_value, config, vocabulary=rows, **place)
             gate = build(config.gate, width=width, heads=heads)
             attention = build(config.attention, kernel=build(config.kernel), value=value, gate=gate, layer=layer, **shared)
             ffn = build(config.ffn, layer=layer, **shared)
-            self.streams.append(build(config.stream, width=width, **place))
-            self.blocks.append(build(config.block, norm=norm, attention=attention, ffn=ffn, **place))
+            block: nn.Module = build(config.block, norm=norm, attention=attention, ffn=ffn, **place)
+            block.stream = build(config.stream, width=width, **place)  # a child, so that a block taken out or put in brings its own
+            self.blocks.append(block)
         last = self.blocks[-1] if config.depth else None
         self.norm = norm() if last is None or getattr(last, "final_norm", True) else nn.Identity()
         self.head: nn.Module = build(config.head, width=width, vocabulary=rows, embedding=self.embedding)
@@ -113,8 +116,9 @@ class Transformer(nn.Module):
         x = self.input(x, positions, cache)
         x = self.embedded(drop(x, self.config.dropout, self.training))
         context = Context(tokens, positions, order, document, x, self.position, cache)
-        for stream, block in zip(self.streams, self.blocks, strict=True):
-            x = block(stream(x, context), context)
+        blocks: Any = self.blocks
+        for block in blocks:
+            x = block(block.stream(x, context), context)
         if cache is not None:
             cache.advance(tokens.shape[1])
         out: Tensor = self.norm(x)

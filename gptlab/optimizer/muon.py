@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -16,42 +15,16 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.optimizer.groups import Groups, check_shares, torch_groups
 
-Coefficients = tuple[float, float, float]
 # Of the quintic a·x + b·x³ + c·x⁵ (Jordan et al., 2024): steep at zero, so that few iterations lift singular values to about [0.7, 1.2].
-JORDAN: Coefficients = 3.4445, -4.7750, 2.0315
-MARGIN = 1.01  # a singular value of 1 that rounding lifts above the interval of a minimax polynomial would be thrown far out of it
-SMALLEST = 1e-2  # relative singular value from which `minimax` must reach 1; what is smaller is lifted by the same factor
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def minimax(iterations: int, smallest: float) -> list[Coefficients]:
-    """The quintics whose composition brings singular values from [smallest, 1] nearest to 1, each the best for where the last one left
-    them (Amsel et al., 2025, "The Polar Express"): found by Remez' exchange, an odd quintic has four points of equal error."""
-    low, high, found = smallest, 1.0, []
-    for _ in range(iterations):
-        inner = np.array([0.75 * low + 0.25 * high, 0.25 * low + 0.75 * high])
-        for _ in range(100):
-            x = np.array([low, *inner, high])
-            a, b, c, error = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
-            root = math.sqrt(9 * b * b - 20 * a * c)
-            moved = np.sqrt(np.array([-3 * b - root, -3 * b + root]) / (10 * c))
-            settled, inner = bool(np.abs(moved - inner).max() < 1e-12), moved
-            if settled:
-                break
-        found.append((float(a), float(b), float(c)))
-        low, high = 1 - error, 1 + error
-    return found
-
-
-def _with_margin(polynomials: list[Coefficients]) -> list[Coefficients]:
-    (a, b, c), *rest = polynomials
-    return [(a / MARGIN, b / MARGIN**3, c / MARGIN**5), *rest]
-
-
-def orthogonalised(matrices: Tensor, polynomials: Sequence[Coefficients]) -> Tensor:
-    """(n, rows, columns), rows at most columns: each matrix with its singular values brought near 1, an iteration a polynomial."""
+def orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
+    """(n, rows, columns), rows at most columns: each matrix with its singular values brought near 1, by Newton-Schulz iterations."""
+    a, b, c = COEFFICIENTS
     x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for a, b, c in polynomials:
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -67,11 +40,9 @@ def scale_of(shape: torch.Size, convention: str) -> float:
 class Muon(torch.optim.Optimizer):
     """Groups whose `parts` are given are matrices for Muon (a fused one is updated product by product); the others are AdamW's."""
 
-    def __init__(
-        self, groups: Groups, *, polynomials: Sequence[Coefficients], scale: str, dtype: torch.dtype, momentum: float, nesterov: bool
-    ) -> None:
+    def __init__(self, groups: Groups, *, iterations: int, scale: str, dtype: torch.dtype, momentum: float, nesterov: bool) -> None:
         super().__init__(groups, {})
-        self.polynomials, self.scale, self.dtype, self.momentum, self.nesterov = polynomials, scale, dtype, momentum, nesterov
+        self.iterations, self.scale, self.dtype, self.momentum, self.nesterov = iterations, scale, dtype, momentum, nesterov
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -100,7 +71,7 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault(shape, []).append((target, matrix))
         for pairs in alike.values():
             lying = torch.stack([m.mT if m.shape[0] > m.shape[1] else m for _, m in pairs]).to(self.dtype)
-            updates = orthogonalised(lying, self.polynomials).float()
+            updates = orthogonalised(lying, self.iterations).float()
             for (target, matrix), update in zip(pairs, updates, strict=True):
                 standing = matrix.shape[0] > matrix.shape[1]
                 target.add_(update.mT if standing else update, alpha=-group["lr"] * scale_of(matrix.shape, self.scale))
@@ -108,7 +79,7 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, group: Mapping[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         for p in parameters:
             if not self.state[p]:
-                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         first, second, steps = ([self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq", "step"))
         adamw_step(
             parameters,
@@ -124,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=False,
-            foreach=True,
+            fused=parameters[0].device.type in ("cpu", "cuda", "mps"),
         )
 
 
@@ -137,7 +108,6 @@ def muon(
     momentum: float = 0.95,
     nesterov: bool = True,
     iterations: int = 5,
-    polynomial: Literal["jordan", "minimax"] = "jordan",
     scale: Literal["original", "rms"] = "original",
     precision: Literal["bf16", "fp32"] = "bf16",
     beta1: float = 0.9,
@@ -147,16 +117,12 @@ def muon(
     rates: dict[str, float] = {},  # noqa: B006, a config's default, copied for each
     decays: dict[str, float] = {},  # noqa: B006
 ) -> torch.optim.Optimizer:
-    """Matrices by orthogonal momentum (Jordan et al., 2024) at `learning_rate`, the rest by AdamW at `adam_learning_rate`.
-
-    `polynomial`: of the Newton-Schulz iterations: jordan, one for all, or minimax, the best for each: 4 of these do what 5 of those do.
-    """
+    """Matrices by orthogonal momentum (Jordan et al., 2024) at `learning_rate`, the rest by AdamW at `adam_learning_rate`."""
     check_shares(beta1=beta1, beta2=beta2, momentum=momentum)
     if not 0 <= adam_learning_rate < math.inf:
         raise ConfigError(f"optimizer.adam_learning_rate={adam_learning_rate} must be at least 0 and finite")
     if iterations < 1:
         raise ConfigError(f"optimizer.iterations={iterations} must be at least 1")
-    polynomials = [JORDAN] * iterations if polynomial == "jordan" else _with_margin(minimax(iterations, SMALLEST))
     made: Groups = []
     for given, group in zip(groups, torch_groups(groups, learning_rate, weight_decay, rates, decays), strict=True):
         matrices = given["role"] == "matrix"
@@ -167,4 +133,4 @@ def muon(
         rate = group["lr"] if matrices else adam_learning_rate * rates.get(given["role"], 1.0)
         adam = {} if matrices else {"beta1": beta1, "beta2": beta2, "eps": eps}
         made.append({**group, "lr": rate, "parts": given["parts"] if matrices else [], **adam})
-    return Muon(made, polynomials=polynomials, scale=scale, dtype=DTYPES[precision], momentum=momentum, nesterov=nesterov)
+    return Muon(made, iterations=iterations, scale=scale, dtype=DTYPES[precision], momentum=momentum, nesterov=nesterov)

@@ -125,7 +125,7 @@ def test_smear_keeps_the_last_token_for_the_next_call() -> None:
 
 def test_input_skip_scales_the_stream_and_adds_the_embedding() -> None:
     model = stirred(tiny(stream=options("stream", "input_skip")))
-    first, second = model.streams
+    first, second = (block.stream for block in model.blocks)
     context: Any = type("Seen", (), {"embedded": random(2, 4, 32)})
     x = random(2, 4, 32, seed=1)
     assert not any("skip" in name for name, _ in first.named_parameters()), "into the first block the two are one"
@@ -155,12 +155,12 @@ def test_value_embeddings_every_second_layer_count_from_the_last() -> None:
 
 
 def test_a_gate_weighs_each_head_by_what_the_token_is() -> None:
-    gate: Any = build(options("gate", "per_head"), width=6, heads=2)
+    gate: Any = build(options("gate", "per_head", inputs=5), width=6, heads=2)
     nn.init.normal_(gate.weight)
     z, x = torch.randn(1, 3, 2, 4), torch.randn(1, 3, 6)
     found = gate(z, x)
     for h in range(2):
-        assert torch.allclose(found[:, :, h], z[:, :, h] * 2 * torch.sigmoid(x @ gate.weight[h])[..., None])
+        assert torch.allclose(found[:, :, h], z[:, :, h] * 2 * torch.sigmoid(x[..., :5] @ gate.weight[h])[..., None])
 
 
 def test_sandwich_normalises_what_a_part_writes() -> None:
