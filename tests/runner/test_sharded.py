@@ -132,12 +132,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, wrong: dict[st
         sharded.load_into(tmp_path / "made", {**_empty(), **wrong}, None)
 
 
+# A small rate: Adam's first updates turn the rounding of tiny gradients into whole steps, whose size a tolerance must not exceed.
+NUMBERS = "hardware.precision=fp32", "optimizer.learning_rate=1e-4"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, home_folder: Path) -> dict[str, Path]:
     """A run by each strategy on two ranks."""
     root = tmp_path_factory.mktemp("sharded")
     variables = {"GPTLAB_HOME": str(home_folder), "HF_HUB_OFFLINE": "1"}
-    settings = ["callbacks.checkpoint.every=4", "callbacks.checkpoint.keep=3", "callbacks.checkpoint.best=false", "hardware.precision=fp32"]
+    settings = ["callbacks.checkpoint.every=4", "callbacks.checkpoint.keep=3", "callbacks.checkpoint.best=false", *NUMBERS]
     jobs = [Job(root / kind, tiny(corpus_file, *settings, f"hardware/strategy={kind}")) for kind in ("ddp", "fsdp")]
     for outcomes in trained(root, jobs, environment=variables):
         assert [o["state"] for o in outcomes] == ["done", "done"]
@@ -155,7 +159,7 @@ def test_a_sharded_run_loads_as_the_whole_model_that_ddp_made(runs: dict[str, Pa
     newest = checkpoint.require_good(parts.run.checkpoints)
     assert sorted(f.name for f in newest.glob("*.safetensors")) == [f"shard-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
     assert parts.sample("The", max_tokens=5, temperature=0) == whole.sample("The", max_tokens=5, temperature=0)
     ours, theirs = (checkpoint.load_tensors(checkpoint.require_good(r.run.checkpoints))[1] for r in (whole, parts))
     assert ours.keys() == theirs.keys()
@@ -212,7 +216,7 @@ def test_a_deleted_shard_with_a_manifest_to_match_never_loads(run: Run, corpus_f
     _shard(run, number).unlink()
     _forge(newest)
     assert checkpoint.problem(newest) is None
-    for action in (lambda: load(run), lambda: train(compose(tiny(corpus_file, "hardware.precision=fp32")))):
+    for action in (lambda: load(run), lambda: train(compose(tiny(corpus_file, *NUMBERS)))):
         (run.directory / "done.json").unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match=r"do not make up the whole|does not fit|could not be read"):
             action()
@@ -237,7 +241,7 @@ def test_a_planted_metadata_pickle_runs_no_code(run: Run, tmp_path: Path, corpus
     load(run)
     _loaded_as_fsdp_does(newest)
     (run.directory / "done.json").unlink()
-    assert train(compose(tiny(corpus_file, "hardware.precision=fp32"))).state == "done"
+    assert train(compose(tiny(corpus_file, *NUMBERS))).state == "done"
     assert not mark.exists()
     pickle.loads(pickle.dumps(_Planted(mark)))
     assert mark.exists(), "it would have told"
