@@ -31,7 +31,7 @@ from gptlab.config.slots import SLOTS
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
-_NAMELESS = ("experiment", "study", "name", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
+_NAMELESS = ("study", "name", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
              "hardware/strategy", "hardware.strategy", "trainer.log_every", "trainer.on_nonfinite", "trainer.max_passed",
              "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.profile", "trainer.mirror",
              "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
@@ -158,5 +158,5 @@ def settings(overrides: Iterable[str]) -> dict[str, str]:
 
 def name_of(overrides: Iterable[str]) -> str:
     """A folder name for a run: `norm=rmsnorm,position=rotary,seed=1`."""
-    parts = [f"{short_key(key)}={value}" for key, value in settings(overrides).items()]
+    parts = [f"{short_key(key)}={value}" for key, value in settings(overrides).items() if key != "experiment"]
     return re.sub(r"[^\w.,=+-]+", "_", ",".join(sorted(parts, key=lambda p: p.startswith("seed="))))[:120]

@@ -107,7 +107,7 @@ def _label(arms: list[Arm]) -> None:
 
 def _word(key: str, value: str) -> str:
     """A component or recipe speaks for itself (`rmsnorm`); a value needs its key (`learning_rate=0.01`)."""
-    return value if key in SLOTS or key in ("model", "data", "hardware", "name") else f"{key.rpartition('.')[2]}={value}"
+    return value if key in SLOTS or key in ("model", "data", "hardware", "experiment", "name") else f"{key.rpartition('.')[2]}={value}"
 
 
 def compare(study: str, *, baseline: str | None = None, target: float | None = None) -> Comparison:

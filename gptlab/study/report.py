@@ -27,7 +27,8 @@ def headers(comparison: Comparison) -> tuple[str, ...]:
     if lengths:
         lengths.append("seconds")
     last = ACCURACY if any(ACCURACY in row.extra for row in rows) else HEADERS[-1]
-    return (*HEADERS[:2], *lengths, *HEADERS[2:-1], last)
+    middle = HEADERS[2:-1] if not lengths or len({row.parameters for row in rows}) > 1 else HEADERS[2:-2]
+    return (*HEADERS[:2], *lengths, *middle, last)  # of one model the parameters would only take the arms' names their place
 
 
 def cells(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
@@ -65,7 +66,7 @@ def table(comparison: Comparison) -> Table:
     )
     columns = headers(comparison)
     for i, header in enumerate(columns):
-        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0, min_width=16 if i == 0 else None)
     for row in comparison.rows:
         values: list[str | Text] = list(cells(row, columns))
         if row.difference and row.difference.excludes_zero:
