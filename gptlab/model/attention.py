@@ -73,12 +73,13 @@ class MultiHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], context: Context) -> Float[Tensor, "b t d"]:
         b, t, _ = x.shape
-        together = self.heads + self.kv_heads
-        qk, v = self.qkv(x).view(b, t, together + self.kv_heads, self.head_width).split((together, self.kv_heads), 2)
+        heads = self.qkv(x).view(b, t, self.heads + 2 * self.kv_heads, self.head_width)
         if self.qk_norm:
-            qk = rms_normalised(qk, eps=1e-6)
-        q, k = qk.transpose(1, 2).split((self.heads, self.kv_heads), 1)
-        v = self.value(v.transpose(1, 2), context)
+            qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), 2)
+            q, k = rms_normalised(qk, eps=1e-6).split((self.heads, self.kv_heads), 2)
+        else:
+            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.value(v.transpose(1, 2), context)
         q, k = context.position.rotate(q, k, context.positions)
         q, k, v = self.q(q), self.k(k), self.v(v)
         k_order = context.order
