@@ -75,10 +75,10 @@ class MultiHead(nn.Module):
         b, t, _ = x.shape
         heads = self.qkv(x).view(b, t, self.heads + 2 * self.kv_heads, self.head_width)
         if self.qk_norm:
-            qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), 2)
-            q, k = rms_normalised(qk, eps=1e-6).split((self.heads, self.kv_heads), 2)
+            qk, v = torch.split(heads, [self.heads + self.kv_heads, self.kv_heads], 2)
+            q, k = torch.split(rms_normalised(qk, eps=1e-6), [self.heads, self.kv_heads], 2)
         else:
-            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+            q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), self.value(v.transpose(1, 2), context)
         q, k = context.position.rotate(q, k, context.positions)
         q, k, v = self.q(q), self.k(k), self.v(v)

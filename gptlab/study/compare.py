@@ -100,6 +100,10 @@ def _label(arms: list[Arm]) -> None:
     for arm in arms:
         arm.label = " ".join(_word(k, v) for k, v in arm.settings.items() if (k, v) not in shared).strip() or "base"
     labels = [a.label for a in arms]
+    for arm in arms:  # `none` for a gate and `none` for a value
+        if labels.count(arm.label) > 1 and arm.label != "base":
+            arm.label = " ".join(f"{k.rpartition('/')[2]}={v}" for k, v in arm.settings.items() if (k, v) not in shared)
+    labels = [a.label for a in arms]
     for arm in arms:
         if labels.count(arm.label) > 1:
             arm.label = f"{arm.label} ({arm.key[:4]})"
