@@ -24,7 +24,7 @@ from gptlab.runner.trainer import Trainer
 from gptlab.runner.validation import measure
 from tests.faulty import faults
 from tests.ranks import Job, trained
-from tests.runner.test_resume import SignalAt
+from tests.signals import SignalAt
 from tests.tiny import tiny
 
 EMA = ("+callback@callbacks.ema=ema", "callbacks.ema.decay=0.6")

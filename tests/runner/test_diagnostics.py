@@ -197,6 +197,7 @@ def test_attention_is_that_of_the_naive_kernel(corpus_file: Path, kind: str, ker
         assert batch.document is not None
     for number, block in enumerate(model.blocks):
         attention: Any = block.attention
+        own_kernel = attention.kernel
         attention.kernel = build(component_named("model/kernel", "naive").options())
         attention.scores, attention.pattern = nn.Identity(), nn.Identity()
         seen: list[Tensor] = []
@@ -205,6 +206,7 @@ def test_attention_is_that_of_the_naive_kernel(corpus_file: Path, kind: str, ker
             model(batch.inputs, document=batch.document)
         for hook in hooks:
             hook.remove()
+        attention.kernel = own_kernel  # the next layer is to see what it saw in the run
         scores, pattern = seen[0], seen[1].double()
         assert pattern.shape == (4, 2, 16, 16)
         entropy = -(pattern * pattern.clamp(min=1e-300).log()).sum(-1)

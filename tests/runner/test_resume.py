@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,8 @@ from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
 from gptlab.runner.run import Run, locked
 from gptlab.runner.trainer import Trainer
+from tests.signals import SignalAt
 from tests.tiny import tiny
-
-
-@register("callback", "signal_at")
-class SignalAt(Callback):
-    """Sends this process a signal after a step, once."""
-
-    fired = False
-
-    def __init__(self, *, step: int = 5) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer) -> None:
-        if trainer.state.step == self.step and not SignalAt.fired:
-            SignalAt.fired = True
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @register("callback", "poison_at")
