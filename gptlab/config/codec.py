@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from gptlab.config.errors import CheckpointError, ConfigError
-from gptlab.config.registry import absent, check_choices, component, component_of, suggest
+from gptlab.config.registry import absent, absent_parts, check_choices, component, component_of, suggest
 from gptlab.config.schema import NOT_IDENTITY, Config, ModelConfig
 from gptlab.config.slots import SLOTS, Options
 
@@ -46,7 +46,8 @@ def from_json(data: Mapping[str, Any], where: str) -> Config:
     if data.get("version") != VERSION:
         raise CheckpointError(f"{where}: config version {data.get('version')!r}; this gptlab reads version {VERSION}")
     try:
-        return typing.cast(Config, decode(Config, data["config"], where))
+        config = typing.cast(Config, decode(Config, data["config"], where))
+        return replace(config, model=completed(config.model))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where} is no config of gptlab's, or damaged ({type(error).__name__}: {error})") from error
 
@@ -81,11 +82,7 @@ def _decode_fields(kind: type, data: Mapping[str, Any], where: str) -> Any:
     if unknown:
         key = sorted(unknown)[0]
         raise ConfigError(f"{where}: {kind.__name__} has no {key!r}{suggest(key, hints)}")
-    made = {k: decode(hints[k], v, f"{where}.{k}") for k, v in data.items()}
-    for name, hint in hints.items():
-        if name not in made and hint in _SLOT_OF_BASE and (nothing := absent(_SLOT_OF_BASE[hint])) is not None:
-            made[name] = nothing  # the config is older than the slot
-    return kind(**made)
+    return kind(**{k: decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
 
 
 def canonical(config: Config) -> dict[str, Any]:
@@ -124,9 +121,7 @@ def _pruned(value: Any, path: str = "") -> Any:
 
 def completed(model: ModelConfig) -> ModelConfig:
     """With the component that does nothing in every slot that was left open, as one from before the slot leaves it."""
-    names = {slot.path.partition("/")[2]: slot for slot in SLOTS.values() if slot.absent}
-    nothing: dict[str, Any] = {name: absent(slot) for name, slot in names.items() if getattr(model, name) == MISSING}
-    return replace(model, **nothing)
+    return replace(model, **{name: nothing for name, nothing in absent_parts().items() if getattr(model, name) == MISSING})
 
 
 def _is_absent(value: Any) -> bool:

@@ -25,9 +25,8 @@ from omegaconf.resolvers import oc
 from gptlab.config.codec import options_in
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
-from gptlab.config.registry import absent, check_choices, components, load_components
+from gptlab.config.registry import absent_parts, check_choices, components, load_components
 from gptlab.config.schema import Config
-from gptlab.config.slots import SLOTS
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
@@ -137,10 +136,9 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
 
 def _completed(composed: DictConfig) -> DictConfig:
     """With the component that does nothing in every slot of the model that a recipe (one from before the slot) leaves open."""
-    for path, slot in SLOTS.items():
-        part, _, name = path.partition("/")
-        if part == "model" and slot.absent and OmegaConf.is_missing(composed.model, name):
-            composed.model[name] = absent(slot)
+    for name, nothing in absent_parts().items():
+        if OmegaConf.is_missing(composed.model, name):
+            composed.model[name] = nothing
     return composed
 
 

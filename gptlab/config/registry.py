@@ -216,6 +216,11 @@ def absent(slot: Slot) -> Options | None:
     return component(slot.path, slot.absent).options() if slot.absent else None
 
 
+def absent_parts() -> dict[str, Any]:
+    """The field of ModelConfig -> the component that does nothing, of every slot that a config may leave open."""
+    return {path.partition("/")[2]: absent(slot) for path, slot in SLOTS.items() if slot.absent}
+
+
 def components(slot: str | None = None) -> list[Component]:
     """Every component (of `slot`), in order of registration."""
     return [c for c in _COMPONENTS.values() if slot is None or c.slot.path == slot]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -101,6 +102,12 @@ class Naive:
         return _written_out(q, k, v, mask, bias, q_positions, k_positions, scale, dropout, taps)
 
 
+def _as_given(q: Tensor) -> AbstractContextManager[Any]:
+    """On a CPU fp32 stays fp32: autocast would make bf16 of it, whose fused backward pass torch has five times slower there."""
+    own = q.device.type == "cpu" and q.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return torch.autocast("cpu", enabled=False) if own else nullcontext()
+
+
 @register("model/kernel", "sdpa")
 class SDPA:
     """torch's scaled_dot_product_attention: the fused kernel of the device."""
@@ -121,22 +128,22 @@ class SDPA:
         dropout: float,
         taps: tuple[nn.Module, nn.Module] | None = None,
     ) -> Float[Tensor, "b h t k"]:
+        with _as_given(q):
+            return self._attend(q, k, v, mask, bias, q_positions, k_positions, scale, dropout)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        bias: ScoreBias | None,
+        q_positions: Tensor,
+        k_positions: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
-        if q.device.type == "cpu" and q.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
-            # Autocast would make bf16 of these, and torch's fused backward is five times slower in bf16 than in fp32 on a CPU.
-            with torch.autocast("cpu", enabled=False):
-                return self(
-                    q,
-                    k.float(),
-                    v.float(),
-                    mask=mask,
-                    bias=bias,
-                    q_positions=q_positions,
-                    k_positions=k_positions,
-                    scale=scale,
-                    dropout=dropout,
-                    taps=taps,
-                )
         if dropout > 0 and q.device.type == "cpu":
             # torch's fused CPU kernel has no dropout: torch, too, would write the pattern out, and draw its mask serially.
             return _written_out(q, k, v, mask, bias, q_positions, k_positions, scale, dropout)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptlab.runner.trainer import Trainer
 
 DEAD = 1e-3  # of a layer's RMS: a hidden unit that never rises above it does nothing
-_LAYER = re.compile(r"(?:blocks|streams)\.(\d+)\.")
+_LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
 class _Diagnostic(Callback):
