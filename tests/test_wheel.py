@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_recipes_and_experiments_are_inside(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for folder in ("conf", "experiments"):
-        for file in (ROOT / folder).rglob("*.yaml"):
+        for file in (f for f in (ROOT / folder).rglob("*.*") if f.suffix in (".yaml", ".json")):
             assert f"gptlab/{file.relative_to(ROOT)}" in names
     assert "gptlab/py.typed" in names
     assert not any(name.startswith(("tests/", "runs/")) for name in names)

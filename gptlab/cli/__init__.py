@@ -91,6 +91,24 @@ def train(
 
 
 @app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OVERRIDE]…", help="As for train; a sweep too.", autocompletion=_complete_overrides),
+    ] = None,
+    card: Annotated[str | None, typer.Option(help="Plan for this GPU and not for this machine: A100 40GB, H100, …", metavar="NAME")] = None,
+    mfu: Annotated[float, typer.Option(help="Of a card: the share of its peak that training reaches.")] = 0.4,
+    price: Annotated[str | None, typer.Option(help="Of an hour: 1.29/h or $1.29/h.", metavar="PRICE")] = None,
+    as_json: JsonOption = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Train a few steps, and show the forecast beside what they took.")] = False,
+) -> None:
+    """Forecast parameters, FLOPs, memory, time and cost of a run or a sweep; nothing is trained."""
+    from gptlab.cli.plan import plan as run
+
+    run(overrides or [], card=card, mfu=mfu, price=price, as_json=as_json, measure=measure)
+
+
+@app.command()
 def cooldown(
     run: RunArgument,
     overrides: Annotated[
@@ -267,6 +285,20 @@ def bench_checkpoint(
     from gptlab.cli.bench_checkpoint import checkpoint as bench
 
     bench(model, rounds=rounds, as_json=as_json)
+
+
+@bench_app.command("coordinates")
+def bench_coordinates(
+    overrides: OverridesArgument = None,
+    widths: Annotated[str, typer.Option(help="The widths to train at; heads keep theirs.")] = "64,128,256,512",
+    steps: Annotated[int, typer.Option(help="Steps at each width.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Seeds whose mean is taken.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Show whether a model's parts move alike at every width, by muP and by the standard parametrisation."""
+    from gptlab.cli.bench_coordinates import coordinates as bench
+
+    bench(overrides or [], widths=widths, steps=steps, seeds=seeds, as_json=as_json)
 
 
 @data_app.command("prepare")

@@ -15,27 +15,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.table import Table
 
 from gptlab.cli.bench_parts import breakdown
 from gptlab.cli.bench_parts import show as show_parts
-from gptlab.config import compose as composing
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
-from gptlab.config.explain import check_overrides, explain
 from gptlab.config.registry import build, component, component_of
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.config.slots import Tracker
-from gptlab.config.sources import config_dir
+from gptlab.config.sweep import points
 from gptlab.data.prepare import prepare
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import machine
@@ -116,39 +107,8 @@ def _settings(overrides: Sequence[str], model: str | None) -> tuple[str, list[st
     else:
         name = wanted or "nano"
         settings = [f"model={name}", *SETTINGS.get(name, ()), *overrides]
-    point, swept = _first_point(settings)
-    return name, point, f"of a sweep its first point is timed: {' '.join(swept)}" if swept else ""
-
-
-def _first_point(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides of one run, the first where they (or their experiment) make a sweep; and which of them are its choice.
-
-    Raises ConfigError for a sweep whose points nobody knows beforehand.
-    """
-    composing.prepare()
-    check_overrides(overrides)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            running = GlobalHydra.instance().hydra
-            assert running is not None
-            loader = running.config_loader
-            hydra = running.compose_config("config", list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False).hydra
-            parser = OverridesParser.create(config_loader=loader)
-            swept = hydra.mode == RunMode.MULTIRUN or any(o.is_sweep_override() for o in parser.parse_overrides(list(overrides)))
-            if not swept:
-                return list(overrides), []
-            if not str(hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
-                raise ConfigError("bench train times one setting, and hydra/sweeper makes up its own; give the values of one run")
-            parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-            parsed = parser.parse_overrides([*parameters, *overrides])
-            point = [str(o) for o in BasicSweeper.split_arguments(parsed, None)[0][0]]
-            last = {o.get_key_element(): o.is_sweep_override() for o in parsed}  # what comes later wins
-            return point, [o for o in point if last.get(o.partition("=")[0])]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
-    finally:
-        GlobalHydra.instance().clear()
+    first = points(settings, what="bench train times one setting")[0]
+    return name, first.overrides, f"of a sweep its first point is timed: {' '.join(first.chosen)}" if first.chosen else ""
 
 
 def _tracker(name: str) -> Tracker:

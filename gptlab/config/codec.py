@@ -9,16 +9,18 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
 from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.registry import absent, absent_parts, check_choices, component, component_of, suggest
-from gptlab.config.schema import NOT_IDENTITY, Config, ModelConfig
+from gptlab.config.schema import NOT_IDENTITY, Config, HardwareConfig, ModelConfig
 from gptlab.config.slots import SLOTS, Options
 
 VERSION = 1
+Recipe = TypeVar("Recipe", ModelConfig, HardwareConfig)
+RECIPES_WITH_SLOTS = "model", "hardware"  # that a config may leave open
 _SLOT_OF_BASE = {slot.base: slot for slot in SLOTS.values()}
 
 
@@ -47,7 +49,7 @@ def from_json(data: Mapping[str, Any], where: str) -> Config:
         raise CheckpointError(f"{where}: config version {data.get('version')!r}; this gptlab reads version {VERSION}")
     try:
         config = typing.cast(Config, decode(Config, data["config"], where))
-        return replace(config, model=completed(config.model))
+        return replace(config, model=completed(config.model), hardware=completed(config.hardware, "hardware"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where} is no config of gptlab's, or damaged ({type(error).__name__}: {error})") from error
 
@@ -119,9 +121,9 @@ def _pruned(value: Any, path: str = "") -> Any:
     return kept
 
 
-def completed(model: ModelConfig) -> ModelConfig:
+def completed(config: Recipe, recipe: str = "model") -> Recipe:
     """With the component that does nothing in every slot that was left open, as one from before the slot leaves it."""
-    return replace(model, **{name: nothing for name, nothing in absent_parts().items() if getattr(model, name) == MISSING})
+    return replace(config, **{name: nothing for name, nothing in absent_parts(recipe).items() if getattr(config, name) == MISSING})
 
 
 def _is_absent(value: Any) -> bool:

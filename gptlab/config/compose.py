@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from gptlab.config.codec import options_in
+from gptlab.config.codec import RECIPES_WITH_SLOTS, options_in
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
 from gptlab.config.registry import absent_parts, check_choices, components, load_components
@@ -128,6 +128,8 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
         if extra is None:
             raise
         raise ConfigError(wrong_key(*extra)) from error
+    if config.model.dial and any(o.lstrip("+").startswith("optimizer.learning_rate=") for o in overrides):
+        config.model.dial = "sizes"  # a rate that is given wins, though it be the default
     for path, options in options_in(config):
         check_choices(options, path)
     chosen = name if name is not None else config.name
@@ -135,10 +137,11 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
 
 
 def _completed(composed: DictConfig) -> DictConfig:
-    """With the component that does nothing in every slot of the model that a recipe (one from before the slot) leaves open."""
-    for name, nothing in absent_parts().items():
-        if OmegaConf.is_missing(composed.model, name):
-            composed.model[name] = nothing
+    """With the component that does nothing in every slot that a recipe (one from before the slot) leaves open."""
+    for recipe in RECIPES_WITH_SLOTS:
+        for name, nothing in absent_parts(recipe).items():
+            if OmegaConf.is_missing(composed[recipe], name):
+                composed[recipe][name] = nothing
     return composed
 
 

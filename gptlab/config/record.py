@@ -40,6 +40,11 @@ def record(name: str, value: Tensor | float) -> None:
     _current.setdefault(name, []).append(_scalar(name, value))
 
 
+def recording() -> bool:
+    """Whether `record` would write down what it is given now: for numbers that take work to find."""
+    return _current is not None and not torch.compiler.is_compiling()
+
+
 def _scalar(name: str, value: Any) -> Tensor | float:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():

@@ -29,9 +29,10 @@ PLUGINS_VARIABLE = "GPTLAB_PLUGINS"
 ENTRY_POINTS = "gptlab.components"
 # Modules that register the built-in components; imported when a command needs them, since they import torch.
 BUILTIN = (
-    *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "block")),
-    *(f"gptlab.model.{m}" for m in ("input", "stream", "value", "gate", "head", "init")),
+    *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "experts", "block")),
+    *(f"gptlab.model.{m}" for m in ("input", "stream", "value", "gate", "head", "init", "parametrisation")),
     *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe")),
+    "gptlab.hardware.checkpointing",
     "gptlab.hardware.strategy",
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),
     *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant", "inverse_sqrt", "cooldown")),
@@ -40,6 +41,7 @@ BUILTIN = (
     "gptlab.runner.callbacks",
     "gptlab.runner.averages",
     "gptlab.runner.diagnostics",
+    "gptlab.runner.reference",
 )
 
 
@@ -216,9 +218,9 @@ def absent(slot: Slot) -> Options | None:
     return component(slot.path, slot.absent).options() if slot.absent else None
 
 
-def absent_parts() -> dict[str, Any]:
-    """The field of ModelConfig -> the component that does nothing, of every slot that a config may leave open."""
-    return {path.partition("/")[2]: absent(slot) for path, slot in SLOTS.items() if slot.absent}
+def absent_parts(recipe: str) -> dict[str, Any]:
+    """The field of a recipe's config (`model`, `hardware`) -> the component that does nothing, of every slot that it may leave open."""
+    return {path.partition("/")[2]: absent(slot) for path, slot in SLOTS.items() if slot.absent and path.startswith(f"{recipe}/")}
 
 
 def components(slot: str | None = None) -> list[Component]:

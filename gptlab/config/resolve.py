@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
+from gptlab.config.dial import turned
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component_of
-from gptlab.config.schema import Config, HardwareConfig, ModelConfig
+from gptlab.config.schema import Config, HardwareConfig, ModelConfig, TrainerConfig
+from gptlab.config.slots import Options
 
 _UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 _DURATION = re.compile(r"^\s*(?:([0-9]*\.?[0-9]+)\s*h)?\s*(?:([0-9]*\.?[0-9]+)\s*min)?\s*(?:([0-9]*\.?[0-9]+)\s*s)?\s*$")
@@ -16,7 +18,7 @@ _BUDGET = re.compile(r"^\s*(\+?)\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([kMB
 _STEPS = re.compile(r"^\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?$")
 MOST_PROFILED = 100  # steps: each takes about a megabyte of the trace
 ON_NONFINITE = ("stop", "skip", "rollback")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "bf16_pure", "fp16", "fp8")
 # Below this width a model's CPU step is dominated by overhead, and bf16's conversions cost what its products gain (measured:
 # width 128 no faster, width 384 1.7 times).
 BF16_WIDTH_ON_CPU = 256
@@ -31,6 +33,7 @@ class Machine:
     devices: tuple[str, ...]  # types present, best first: ("cuda", "cpu")
     cpu_bf16: bool = False  # bf16 matrix instructions
     gpu_bf16: bool = False
+    gpu_fp8: bool = False
     ranks: int = 1  # processes that share each batch
 
 
@@ -114,6 +117,9 @@ def parse_profile(text: str) -> range:
 
 def resolve(config: Config, machine: Machine) -> Config:
     """The complete, final config. Raises ConfigError for what this machine cannot do and for values out of range."""
+    config = turned(config, machine.ranks)
+    if config.trainer.budget == "auto":
+        config = replace(config, trainer=replace(config.trainer, budget=TrainerConfig().budget))
     _check(config)
     hardware = _resolve_hardware(config.hardware, config.model, machine)
     context = config.model.context_length
@@ -211,7 +217,26 @@ def _resolve_hardware(hardware: HardwareConfig, model: ModelConfig, machine: Mac
         raise ConfigError("hardware.precision=fp16 scales the loss by whole gradients; with hardware/strategy=fsdp use bf16 or fp32")
     if precision == "fp16" and kind == "cpu":
         raise ConfigError("hardware.precision=fp16 needs a GPU; on the CPU use bf16 or fp32")
+    if precision == "fp8":
+        _check_fp8(hardware, model, machine, kind)
+    if component_of(hardware.checkpointing).name != "none":
+        for slot, options in ((f.name, getattr(model, f.name)) for f in fields(model)):
+            if isinstance(options, Options) and getattr(component_of(options).factory, "forbids_checkpointing", False):
+                raise ConfigError(
+                    f"hardware/checkpointing={component_of(hardware.checkpointing).name} runs a block twice, "
+                    f"which model/{slot}={component_of(options).name} forbids; use hardware/checkpointing=none"
+                )
     return replace(hardware, device=device, precision=precision)
+
+
+def _check_fp8(hardware: HardwareConfig, model: ModelConfig, machine: Machine, kind: str) -> None:
+    if kind != "cuda" or not machine.gpu_fp8:
+        raise ConfigError("hardware.precision=fp8 needs a GPU with 8-bit products (compute capability 8.9: Ada, Hopper); use bf16")
+    if component_of(hardware.strategy).name == "fsdp":
+        raise ConfigError("hardware.precision=fp8 scales whole matrices, and hardware/strategy=fsdp gathers them in fp32; use ddp or bf16")
+    for key in ("width", "context_length"):
+        if getattr(model, key) % 16:
+            raise ConfigError(f"model.{key}={getattr(model, key)} is no multiple of 16, which hardware.precision=fp8 needs")
 
 
 def _whole(key: str, value: int | str) -> int:

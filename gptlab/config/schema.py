@@ -14,6 +14,7 @@ from gptlab.config.slots import (
     Attention,
     Block,
     Callback,
+    Checkpointing,
     Corpus,
     FeedForward,
     Gate,
@@ -24,6 +25,7 @@ from gptlab.config.slots import (
     Norm,
     Objective,
     Optimizer,
+    Parametrisation,
     Position,
     Schedule,
     Strategy,
@@ -44,6 +46,7 @@ class ModelConfig:
     context_length: int = MISSING
     bias: bool = True
     dropout: float = 0.0
+    dial: str = ""  # all: width and heads of 0, batch, budget, rate come from the depth (gptlab/config/dial.py); sizes: all but the rate
     pad_vocab_to: int = 1  # the embedding's rows are padded to a multiple of this; 1: as the tokeniser wishes (bpe: 64)
     norm: Norm = MISSING
     position: Position = MISSING
@@ -57,6 +60,7 @@ class ModelConfig:
     gate: Gate = MISSING
     head: Head = MISSING
     init: Init = MISSING
+    parametrisation: Parametrisation = MISSING
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,19 +91,20 @@ class HardwareConfig:
     """Where and in which number format the work is done."""
 
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: str = "auto"  # auto, fp32, bf16, fp16
+    precision: str = "auto"  # auto, fp32, bf16 (fp32 weights), bf16_pure (bf16 weights), fp16, fp8
     compile: bool = False
     deterministic: bool = False
     threads: int = 0  # CPU threads; 0: as torch finds them
     micro_batch: int | str = "auto"  # sequences a forward pass holds
     strategy: Strategy = MISSING
+    checkpointing: Checkpointing = MISSING
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainerConfig:
     """How long, in which batches, and how often it is written down."""
 
-    budget: str = "2000steps"  # 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops, 20x (tokens per parameter); +20%: beyond `start`
+    budget: str = "2000steps"  # 2000steps, 50Mtokens, 3epochs, 10min, 1e17flops, 20x (tokens per parameter); +20%: beyond `start`; auto
     batch_tokens: int | str = "auto"  # tokens of one update
     gradient_clip: float = 1.0  # largest gradient norm; 0: off
     log_every: int = 10  # steps between lines of metrics.jsonl
@@ -144,10 +149,13 @@ class Config:
 
 # What cannot change a run's numbers (beyond rounding), and so is no part of its identity.
 NOT_IDENTITY: tuple[str, ...] = (
+    "model.dial",  # stands in what it has set
     "hardware.device",
     "hardware.strategy",
     "hardware.threads",
     "hardware.micro_batch",
+    "hardware.checkpointing",
+    "objective.chunk",
     "data.corpus",  # stands in the data's manifest hash, by content
     "data.tokenizer",
     "data.validation_fraction",

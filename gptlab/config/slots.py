@@ -75,6 +75,11 @@ class Init(Options):
 
 
 @dataclass(slots=True, kw_only=True)
+class Parametrisation(Options):
+    """What a width changes beside the shapes: the size of fresh weights, of logits and of updates."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Corpus(Options):
     """Where the text comes from."""
 
@@ -87,6 +92,11 @@ class Tokenizer(Options):
 @dataclass(slots=True, kw_only=True)
 class Strategy(Options):
     """How the work is spread over devices."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Checkpointing(Options):
+    """What of a block's activations is computed again for the backward pass, to hold less."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,7 +148,7 @@ SLOTS: dict[str, Slot] = {
     for slot in (
         Slot("model/norm", Norm, ("width", "bias")),
         Slot("model/position", Position, (*_HEADS, "context_length")),
-        Slot("model/attention", Attention, (*_HEADS, "kernel", "value", "gate", "bias", "dropout", "layer", "depth")),
+        Slot("model/attention", Attention, (*_HEADS, "kernel", "value", "gate", "bias", "dropout", "layer", "depth", "scale")),
         Slot("model/kernel", Kernel, ()),
         Slot("model/ffn", FeedForward, ("width", "bias", "dropout", "layer", "depth")),
         Slot("model/block", Block, ("norm", "attention", "ffn", "layer", "depth")),
@@ -148,9 +158,11 @@ SLOTS: dict[str, Slot] = {
         Slot("model/gate", Gate, ("width", "heads"), absent="none"),
         Slot("model/head", Head, ("width", "vocabulary", "embedding")),
         Slot("model/init", Init, ("width", "depth")),
+        Slot("model/parametrisation", Parametrisation, ("width", "head_width"), absent="standard"),
         Slot("data/corpus", Corpus, ()),
         Slot("data/tokenizer", Tokenizer, ()),
         Slot("hardware/strategy", Strategy, ()),
+        Slot("hardware/checkpointing", Checkpointing, (), absent="none"),
         Slot("optimizer", Optimizer, ("groups", "device")),
         Slot("schedule", Schedule, ("batch_tokens", "steps", "start")),
         Slot("objective", Objective, ()),

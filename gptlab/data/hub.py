@@ -83,6 +83,11 @@ class Hub:
                 self._commit = _write_pin(self._pin_file, self.dataset, self.revision, self._ask())
         return self._commit
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its commit is known without asking the hub."""
+        return bool(re.fullmatch(r"[0-9a-f]{40}", self.revision)) or self._pin_file.is_file()
+
     def pin(self, commit: str) -> str:
         """Pin this data set to a commit, unless a commit is named or pinned already; the one that holds. Raises DataError for no commit."""
         if not re.fullmatch(r"[0-9a-f]{40}", commit):

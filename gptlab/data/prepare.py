@@ -18,11 +18,11 @@ from gptlab.config.registry import build
 from gptlab.config.schema import DataConfig
 from gptlab.data.corpus import Corpus, home
 from gptlab.data.held_out import Files, check_pins, pin, validation_files
-from gptlab.data.learn import learned_tokenizer
+from gptlab.data.learn import learned_tokenizer, tokenizer_file
 from gptlab.data.mix import Mix
 from gptlab.data.overlap import refuse_overlap
 from gptlab.data.pipeline import Section
-from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, open_prepared, preparing
+from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, open_prepared, preparing, read_progress
 from gptlab.data.shard import write_json
 from gptlab.data.synthetic import Task
 from gptlab.data.tokenizer import Tokenizer, from_json, to_json
@@ -70,6 +70,42 @@ def prepare(
     except OSError as error:
         raise IOFailure(f"{error.filename or home()} could not be read or written ({error.strerror or error})") from error
     return found
+
+
+def find_prepared(config: DataConfig) -> Prepared | None:
+    """The prepared data of a config as far as they are there; None where nothing is. Nothing is made, fetched or asked for.
+
+    A stream's text need not be complete, and does not grow. Raises ConfigError and DataError as `prepare` does.
+    """
+    corpus: Corpus = build(config.corpus)
+    _check(config, corpus)
+    if isinstance(corpus, Task):
+        return _prepare_task(config, corpus)
+    sources: Mapping[str, Corpus] = corpus.sources if isinstance(corpus, Mix) else {"": corpus}
+    if not all(getattr(source, "pinned", True) for source in sources.values()):
+        return None
+    extra = validation_files(config)
+    tokenizer: Tokenizer = build(config.tokenizer)
+    if learns := getattr(tokenizer, "learns", False) or isinstance(corpus, Mix):
+        file = tokenizer_file(config, sources, {} if getattr(tokenizer, "learns", False) else extra)
+        if not file.is_file():
+            return None
+    learned = learned_tokenizer(config, sources, extra, shared=isinstance(corpus, Mix), report=lambda *_: None) if learns else None
+    work = Work(config, config.corpus, corpus, learned, extra, lambda _: None, 1)
+    if not isinstance(corpus, Mix):
+        return open_prepared(work.folder, limit=work.limit) if _begun(work) else None
+    watched = extra if config.filter.validation_overlap else {}
+    parts = {n: Work(config, corpus.options[n], s, learned, {}, lambda _: None, 1, n, watched) for n, s in corpus.sources.items()}
+    if not (work.folder / MANIFEST).is_file() or not all(_begun(part) for part in parts.values()):
+        return None
+    found = open_prepared(work.folder)
+    opened = {name: open_prepared(part.folder, limit=part.limit) for name, part in parts.items()}
+    return Prepared(found.folder, found.manifest, found.tokenizer, parts=opened, weights=corpus.weights)
+
+
+def _begun(work: Work) -> bool:
+    """Whether a folder is there that training could begin with."""
+    return (work.folder / MANIFEST).is_file() and (not work.streamed or "train" in read_progress(work.folder)["splits"])
 
 
 def _check(config: DataConfig, corpus: Corpus) -> None:

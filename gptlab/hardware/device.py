@@ -16,13 +16,8 @@ import torch
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import Machine
 from gptlab.config.schema import HardwareConfig
+from gptlab.hardware.cards import known_card
 from gptlab.hardware.world import World, launched
-
-# Dense bf16 peak, FLOP/s, by a word of the device's name; from the vendors' data sheets. FP8 is never mixed in.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
-    "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -30,14 +25,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def machine() -> Machine:
     """What this machine offers, best device first."""
     devices = []
-    gpu_bf16 = False
+    gpu_bf16 = gpu_fp8 = False
     if torch.cuda.is_available():
         devices.append("cuda")
         gpu_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        gpu_fp8 = torch.cuda.get_device_capability() >= (8, 9)
     if torch.backends.mps.is_available():
         devices.append("mps")
     ranks = (launched() or World()).size
-    return Machine(devices=(*devices, "cpu"), cpu_bf16=_cpu_bf16(), gpu_bf16=gpu_bf16, ranks=ranks)
+    return Machine(devices=(*devices, "cpu"), cpu_bf16=_cpu_bf16(), gpu_bf16=gpu_bf16, gpu_fp8=gpu_fp8, ranks=ranks)
 
 
 def _cpu_bf16() -> bool:
@@ -48,8 +44,8 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a known GPU, in FLOP/s; None for anything else."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
+    card = known_card(torch.cuda.get_device_name(device))
+    return card.peak_flops if card else None
 
 
 def set_up(config: HardwareConfig) -> torch.device:
@@ -145,3 +141,28 @@ def peak_memory(device: torch.device) -> int:
 
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(size if sys.platform == "darwin" else size * 1024)
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; where the system does not say, the most there ever were."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory(torch.device("cpu"))
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that a run may come to have: of a GPU all it has; of the CPU what is free, and what this process holds. 0: not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # not there, or `max`
+            free.append(int((group / limit).read_text()) - int((group / used).read_text()))
+    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)  # macOS does not say what is free
+    return max(0, min(free)) + resident_memory() if free else 0

@@ -45,6 +45,7 @@ class MultiHead(nn.Module):
         bias: bool,
         dropout: float,
         layer: int,
+        scale: float,
         *,
         kv_heads: int | None = None,
         window: int | None = None,
@@ -62,7 +63,7 @@ class MultiHead(nn.Module):
         self.document_mask = document_mask  # read by Transformer.sees_documents; the mask itself comes with the documents
         self.mask = causal if window is None else window_mask(window)
         # Normalised q and k have length sqrt(k), so the same scale holds scores within ±sqrt(k).
-        self.scale = head_width**-0.5
+        self.scale = scale
         sizes = {"q": heads * head_width, "k": kv_heads * head_width, "v": kv_heads * head_width}
         self.qkv = FusedLinear(width, sizes, bias=bias)
         self.out = OutputLinear(heads * head_width, width, bias=bias)

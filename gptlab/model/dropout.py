@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptlab.model.path import on_cpu
+
 LEVELS = 1 << 16
 
 
@@ -20,7 +22,7 @@ def drop(x: Tensor, p: float, training: bool = True) -> Tensor:
     """
     if p == 0 or not training:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(x) or torch.compiler.is_compiling():
         return F.dropout(x, p)
     dropped: Tensor = _SeededDropout.apply(x, p)  # type: ignore[no-untyped-call]
     return dropped

@@ -60,6 +60,13 @@ def zero_output(width: int, *, std: float = 0.02) -> Init:
     return draw
 
 
+def widened(draw: Init, multiple: float) -> Init:
+    """The same init for a model `multiple` times as wide: matrices sum so many more terms, and have that much less variance."""
+    if multiple == 1:
+        return draw
+    return lambda spec, generator: draw(spec, generator) * (multiple**-0.5 if spec.role == "matrix" else 1.0)
+
+
 def roles(model: nn.Module) -> dict[str, str]:
     """Parameter path -> role. A module may declare `roles = {"table": "bias"}` for parameters of its own."""
     found: dict[str, str] = {}

@@ -39,6 +39,7 @@ class Smear(nn.Module):
     """
 
     roles: ClassVar[dict[str, str]] = {"strength": "bias", "gate": "bias"}
+    sums: ClassVar[tuple[str, ...]] = ("gate",)
 
     def __init__(self, width: int) -> None:
         super().__init__()

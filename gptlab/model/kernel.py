@@ -15,6 +15,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.model.dropout import drop
 from gptlab.model.mask import Mask, causal
+from gptlab.model.path import on_cpu
 from gptlab.model.position import ScoreBias
 
 
@@ -104,7 +105,7 @@ class Naive:
 
 def _as_given(q: Tensor) -> AbstractContextManager[Any]:
     """On a CPU fp32 stays fp32: autocast would make bf16 of it, whose fused backward pass torch has five times slower there."""
-    own = q.device.type == "cpu" and q.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    own = on_cpu(q) and q.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
     return torch.autocast("cpu", enabled=False) if own else nullcontext()
 
 
@@ -144,7 +145,7 @@ class SDPA:
         dropout: float,
     ) -> Tensor:
         grouped = q.shape[1] != k.shape[1]
-        if dropout > 0 and q.device.type == "cpu":
+        if dropout > 0 and on_cpu(q):
             # torch's fused CPU kernel has no dropout: torch, too, would write the pattern out, and draw its mask serially.
             return _written_out(q, k, v, mask, bias, q_positions, k_positions, scale, dropout)
         if mask is causal and bias is None and q_positions is k_positions:
@@ -180,7 +181,7 @@ class Flex:
         dropout: float,
         taps: tuple[nn.Module, nn.Module] | None = None,
     ) -> Float[Tensor, "b h t k"]:
-        if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        if on_cpu(q) and torch.is_grad_enabled() and q.requires_grad:
             raise ConfigError("model/kernel=flex has no backward pass on the CPU; train with sdpa or naive, or on a GPU")
         if dropout > 0:
             raise ConfigError("model/kernel=flex has no dropout; use model.dropout=0, or model/kernel=sdpa or naive")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from gptlab.model.path import on_cpu
 
 SMALL = 256  # features in or out
 
@@ -23,7 +25,7 @@ def linear(
     (a step of width 128 takes 0.75 of the time of fp32 this way, and as long as fp32 that way; at width 384 torch's is the faster by
     a fifth). `narrow`: leave it in bf16 all the same, for what only goes through a function on its way to the next product.
     """
-    if x.device.type == "cpu" and min(weight.shape) < SMALL and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+    if on_cpu(x) and min(weight.shape) < SMALL and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         product: Tensor = _Product.apply(x, weight, torch.get_autocast_dtype("cpu"), narrow)  # type: ignore[no-untyped-call]
         return product if bias is None else product + bias.to(product.dtype)
     return F.linear(x, weight, bias)
@@ -48,12 +50,16 @@ class _Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer by `linear`; what it gives may stay `narrow`."""
+    """A linear layer by `linear`, or by another `product`, as hardware.precision=fp8 has one; what it gives may stay `narrow`."""
 
     narrow = False
 
+    def __init__(self, width: int, outputs: int, *, bias: bool) -> None:
+        super().__init__(width, outputs, bias=bias)
+        self.product: Callable[..., Tensor] = linear
+
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
-        return linear(x, self.weight, self.bias, narrow=self.narrow)
+        return self.product(x, self.weight, self.bias, narrow=self.narrow)
 
 
 class HiddenLinear(Linear):

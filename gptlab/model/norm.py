@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptlab.config.registry import register
+from gptlab.model.path import on_cpu
 
 
 def rms_normalised(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... d"]:
@@ -17,7 +18,7 @@ def rms_normalised(x: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 
 
     torch has no fused kernel for it on the CPU, and its graph of seven small operators takes three times as long there.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not on_cpu(x) or torch.compiler.is_compiling():
         return F.rms_norm(x, x.shape[-1:], eps=eps)
     normalised: Tensor = _RMSNormalised.apply(x, eps)  # type: ignore[no-untyped-call]
     return normalised

@@ -124,7 +124,8 @@ class Rotary(Position):
 
 def _turn(x: Float[Tensor, "b h t k"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h t k"]:
     # sin carries the sign of its half, so that swapping the halves is the whole rotation
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    turned = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return turned if turned.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else turned.to(x.dtype)
 
 
 class _Turned(torch.autograd.Function):

@@ -7,6 +7,7 @@ Shapes: b batch, t tokens, d width, h heads, g key/value heads, k head width, v 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,15 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import absent, build, component_of
 from gptlab.config.schema import ModelConfig
 from gptlab.model.cache import KVCache
-from gptlab.model.context import Context
+from gptlab.model.context import Auxiliary, Context
 from gptlab.model.dropout import drop
-from gptlab.model.init import initialise, roles
+from gptlab.model.init import initialise, roles, widened
 from gptlab.model.linear import undrawn
 from gptlab.model.mask import document_starts
+from gptlab.model.parametrisation import Parametrisation, widening
 from gptlab.model.position import Position
+
+Reduce = Callable[[Tensor, "Transformer"], Tensor]
 
 
 class Transformer(nn.Module):
@@ -34,6 +38,7 @@ class Transformer(nn.Module):
     """
 
     order: Tensor
+    recompute: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # how a training step runs a block; hardware/checkpointing's
 
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
@@ -44,9 +49,12 @@ class Transformer(nn.Module):
             )
         config = completed(config)
         self.config, self.vocabulary = config, vocabulary
+        self.recompute = _directly
         width, heads, context_length = config.width, config.heads, config.context_length
         head_width = width // heads
         sizes = {"width": width, "heads": heads, "head_width": head_width}
+        self.parametrisation: Parametrisation = build(config.parametrisation, width=width, head_width=head_width)
+        scale = head_width**-0.5 * self.parametrisation.score
         shared = sizes | {"bias": config.bias, "dropout": config.dropout, "depth": config.depth}
 
         def norm() -> nn.Module:
@@ -69,7 +77,7 @@ class Transformer(nn.Module):
             place = {"layer": layer, "depth": config.depth}
             value = partial(_value, config, vocabulary=rows, **place)
             gate = build(config.gate, width=width, heads=heads)
-            attention = build(config.attention, kernel=build(config.kernel), value=value, gate=gate, layer=layer, **shared)
+            attention = build(config.attention, kernel=build(config.kernel), value=value, gate=gate, layer=layer, scale=scale, **shared)
             ffn = build(config.ffn, layer=layer, **shared)
             block: nn.Module = build(config.block, norm=norm, attention=attention, ffn=ffn, **place)
             block.stream = build(config.stream, width=width, **place)  # a child, so that a block taken out or put in brings its own
@@ -82,7 +90,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
         """Draw every parameter from the config's init, each from its own seed. Returns self."""
-        initialise(self, build(self.config.init, width=self.config.width, depth=self.config.depth), seed)
+        draw = build(self.config.init, width=self.parametrisation.init_width, depth=self.config.depth)
+        initialise(self, widened(draw, self.parametrisation.multiple), seed)
         return self
 
     def features(
@@ -92,11 +101,13 @@ class Transformer(nn.Module):
         document: Int[Tensor, "b t"] | None = None,
         positions: Int[Tensor, "b t"] | None = None,
         cache: KVCache | None = None,
+        losses: dict[str, Tensor] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """The stream after the last norm, before the head.
 
         `document` (any ids; a document is a run of equal ones) keeps attention within documents and restarts `positions`, unless
-        these are given. Raises ValueError when it comes with a cache that already holds tokens.
+        these are given. `losses` receives what parts add to the training loss, each a mean over the tokens.
+        Raises ValueError when documents come with a cache that already holds tokens.
         """
         start = 0 if cache is None else cache.length
         if start and document is not None:
@@ -115,10 +126,10 @@ class Transformer(nn.Module):
         x = self.position.embed(self.embedding(tokens), positions)
         x = self.input(x, positions, cache)
         x = self.embedded(drop(x, self.config.dropout, self.training))
-        context = Context(tokens, positions, order, document, x, self.position, cache)
-        blocks: Any = self.blocks
-        for block in blocks:
-            x = block(block.stream(x, context), context)
+        context = Context(tokens, positions, order, document, x, self.position, cache, None if losses is None else Auxiliary(losses))
+        for block in self.blocks:
+            layer = partial(_layer, block, context)
+            x = self.recompute(layer, x) if self.training and torch.is_grad_enabled() else layer(x)
         if cache is not None:
             cache.advance(tokens.shape[1])
         out: Tensor = self.norm(x)
@@ -131,9 +142,17 @@ class Transformer(nn.Module):
         document: Int[Tensor, "b t"] | None = None,
         positions: Int[Tensor, "b t"] | None = None,
         cache: KVCache | None = None,
-    ) -> Float[Tensor, "b t v"]:
-        """Logits of the next token at every place."""
-        logits: Tensor = self.head(self.features(tokens, document=document, positions=positions, cache=cache))
+        losses: dict[str, Tensor] | None = None,
+        reduce: Reduce | None = None,
+    ) -> Tensor:
+        """Logits (b, t, v) of the next token at every place; with `reduce` what it makes of the features, as a loss by chunks does."""
+        features = self.features(tokens, document=document, positions=positions, cache=cache, losses=losses)
+        return self.logits(features) if reduce is None else reduce(features, self)
+
+    def logits(self, features: Float[Tensor, "... d"]) -> Float[Tensor, "... v"]:
+        """The head over features, padded rows left out."""
+        multiple = self.parametrisation.multiple
+        logits: Tensor = self.head(features if multiple == 1 else features / multiple)
         return logits if logits.shape[-1] == self.vocabulary else logits[..., : self.vocabulary]
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -158,24 +177,66 @@ class Transformer(nn.Module):
         """Parameter path -> role (matrix, embedding, head, gain or bias)."""
         return roles(self)
 
+    def widening(self) -> dict[str, float]:
+        """Parameter path -> how many times more terms its product sums than at the width that the optimizer's rate is meant for."""
+        return widening(self, self.roles(), self.parametrisation.multiple)
+
+
+def _directly(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def _layer(block: Any, context: Context, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+    out: Tensor = block(block.stream(x, context), context)
+    return out
+
 
 def _value(config: ModelConfig, kv_heads: int, head_width: int, **wiring: int) -> nn.Module:
     made: nn.Module = build(config.value, kv_heads=kv_heads, head_width=head_width, **wiring)
     return made
 
 
-def count_parameters(model: Transformer) -> dict[str, int]:
-    """Parameters by role, and their `total`. A tied head counts once, as embedding."""
+def count_parameters(model: Transformer, *, active: bool = False) -> dict[str, int]:
+    """Parameters by role, and their `total`. A tied head counts once, as embedding.
+
+    `active`: those alone that one token goes through; a module of which it meets a part says which: `active_share`.
+    """
     counts: dict[str, int] = {}
     sizes = dict(model.named_parameters())
+    modules = dict(model.named_modules())
     for path, role in model.roles().items():
-        counts[role] = counts.get(role, 0) + sizes[path].numel()
+        share = getattr(modules[path.rpartition(".")[0]], "active_share", 1.0) if active else 1.0
+        counts[role] = counts.get(role, 0) + round(sizes[path].numel() * share)
     return counts | {"total": sum(counts.values())}
 
 
+PARTS = ("token embedding", "position", "value embeddings", "attention", "feed-forward", "norms", "head", "other")
+
+
+def parameters_by_part(model: Transformer) -> dict[str, int]:
+    """Parameters by what they are for (a part that the model has not is left out), `total`, and `active`: those a token goes through.
+
+    A tied head is the token embedding.
+    """
+    counts, known = dict.fromkeys(PARTS, 0), model.roles()
+    for path, parameter in model.named_parameters():
+        counts[_part_of(path.split(".")[:-1], known[path])] += parameter.numel()
+    found = {part: count for part, count in counts.items() if count}
+    return found | {"total": sum(found.values()), "active": count_parameters(model, active=True)["total"]}
+
+
+def _part_of(names: list[str], role: str) -> str:
+    if any("norm" in name for name in names):
+        return "norms"
+    if names[0] == "blocks":
+        values = names[2] == "attention" and role == "embedding"
+        return "value embeddings" if values else {"attention": "attention", "ffn": "feed-forward"}.get(names[2], "other")
+    return {"embedding": "token embedding", "position": "position", "head": "head"}.get(names[0], "other")
+
+
 def flops_per_token(model: Transformer) -> float:
-    """Training FLOPs of a token: 6 per matrix weight (head included, tied or not) + 12 · depth · width · context."""
-    counts, config = count_parameters(model), model.config
+    """Training FLOPs of a token: 6 per matrix weight it goes through (head included, tied or not) + 12 · depth · width · context."""
+    counts, config = count_parameters(model, active=True), model.config
     head = counts.get("head", 0) or model.embedding.weight.numel()
     attention = 12 * config.depth * config.width * config.context_length
     return 6.0 * (counts.get("matrix", 0) + head) + attention

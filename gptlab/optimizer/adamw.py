@@ -24,7 +24,7 @@ def adamw(
     """Adam with decoupled weight decay (Loshchilov & Hutter, 2019); fused where the device has it."""
     check_shares(beta1=beta1, beta2=beta2)
     return torch.optim.AdamW(
-        torch_groups(groups, learning_rate, weight_decay, rates, decays),
+        torch_groups(groups, learning_rate, weight_decay, rates, decays, wider=1.0),
         lr=learning_rate,
         betas=(beta1, beta2),
         eps=eps,

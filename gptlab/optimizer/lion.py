@@ -49,4 +49,4 @@ def lion(
 ) -> torch.optim.Optimizer:
     """Sign updates with momentum (Chen et al., 2023); its paper takes a tenth of AdamW's rate and ten times its decay."""
     check_shares(beta1=beta1, beta2=beta2)
-    return Lion(torch_groups(groups, learning_rate, weight_decay, rates, decays), betas=(beta1, beta2))
+    return Lion(torch_groups(groups, learning_rate, weight_decay, rates, decays, wider=1.0), betas=(beta1, beta2))

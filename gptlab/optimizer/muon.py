@@ -123,14 +123,16 @@ def muon(
         raise ConfigError(f"optimizer.adam_learning_rate={adam_learning_rate} must be at least 0 and finite")
     if iterations < 1:
         raise ConfigError(f"optimizer.iterations={iterations} must be at least 1")
+    # An orthogonal update is right at any width as it is; at the size of AdamW's its spectral norm grows with the square root of the width.
+    of_matrices = torch_groups(groups, learning_rate, weight_decay, rates, decays, wider=0.0 if scale == "original" else 0.5)
+    others = torch_groups(groups, adam_learning_rate, weight_decay, rates, decays, wider=1.0)
     made: Groups = []
-    for given, group in zip(groups, torch_groups(groups, learning_rate, weight_decay, rates, decays), strict=True):
+    for given, of_matrix, other in zip(groups, of_matrices, others, strict=True):
         matrices = given["role"] == "matrix"
         if matrices and any(isinstance(p, DTensor) for p in given["params"]):
             raise ConfigError("optimizer=muon updates whole matrices, and hardware/strategy=fsdp holds parts of them; use ddp")
         if matrices and (odd := next((n for n, p in zip(given["names"], given["params"], strict=True) if p.dim() != 2), None)):
             raise ConfigError(f"optimizer=muon cannot take {odd}: it has role matrix and is not of two dimensions")
-        rate = group["lr"] if matrices else adam_learning_rate * rates.get(given["role"], 1.0)
         adam = {} if matrices else {"beta1": beta1, "beta2": beta2, "eps": eps}
-        made.append({**group, "lr": rate, "parts": given["parts"] if matrices else [], **adam})
+        made.append({**(of_matrix if matrices else other), "parts": given["parts"] if matrices else [], **adam})
     return Muon(made, iterations=iterations, scale=scale, dtype=DTYPES[precision], momentum=momentum, nesterov=nesterov)

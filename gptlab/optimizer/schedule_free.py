@@ -46,7 +46,7 @@ def schedule_free(
             state: dict[str, Any] = self.state.get(parameter, {})
             return parameter.detach().lerp(state["z"], 1 - 1 / beta1) if "z" in state else parameter.detach().clone()
 
-    made = torch_groups(groups, learning_rate, weight_decay, rates, decays)
+    made = torch_groups(groups, learning_rate, weight_decay, rates, decays, wider=1.0)
     optimizer = ScheduleFree(made, lr=learning_rate, betas=(beta1, beta2), eps=eps)
     optimizer.train()  # there is no state yet: this sets the mode alone
     return optimizer  # type: ignore[no-any-return, unused-ignore]

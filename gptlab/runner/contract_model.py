@@ -28,6 +28,7 @@ WIDTH, DEPTH, HEADS, CONTEXT, VOCABULARY = 32, 2, 4, 16, 17
 BASE = {
     "norm": "layernorm", "position": "learned", "attention": "multihead", "kernel": "sdpa",
     "ffn": "gelu", "block": "prenorm", "input": "plain", "stream": "plain", "value": "none", "gate": "none", "head": "tied", "init": "gpt2",
+    "parametrisation": "standard",
 }  # fmt: skip
 Promise = Callable[[], str]  # returns what there is to say; raises when broken
 
@@ -90,7 +91,7 @@ def model_promises(slot: str, options: Options) -> dict[str, Promise]:
         "state": _state,
         "compile": _compile,
     }
-    if slot != "init":
+    if slot not in ("init", "parametrisation"):
         found["shared weights"] = _shared_weights
     if slot == "kernel":
         found["parity with naive"] = _parity

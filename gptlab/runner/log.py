@@ -9,9 +9,11 @@ import warnings
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gptlab.config.errors import GptlabError, IOFailure, OutOfMemory, Stopped
 from gptlab.config.schema import Config
-from gptlab.hardware.device import is_out_of_memory
+from gptlab.hardware.device import device_memory, is_out_of_memory
 from gptlab.hardware.world import ElsewhereFailed, is_lost, lost
 from gptlab.runner.mirror import MirrorWarning
 from gptlab.runner.run import now
@@ -70,7 +72,7 @@ class Log:
         if isinstance(error, GptlabError):
             return error
         if is_out_of_memory(error):
-            return OutOfMemory(memory_advice(self.trainer.config, f"step {self.trainer.state.step + 1}"))
+            return OutOfMemory(memory_advice(self.trainer.config, self.trainer.data.vocabulary, f"step {self.trainer.state.step + 1}"))
         if self.world.size > 1 and is_lost(error):
             return lost(error, f"step {self.trainer.state.step + 1}")
         if isinstance(error, OSError):
@@ -81,13 +83,23 @@ class Log:
         return GptlabError(f"{type(error).__name__}: {first}; the traceback is in {self.file}")
 
 
-def memory_advice(config: Config, when: str) -> str:
-    """What to turn when the memory is used up."""
+def memory_advice(config: Config, vocabulary: int, when: str) -> str:
+    """What to turn when the memory is used up: what would fit by forecast; in general, where that is not known."""
     hardware, model = config.hardware, config.model
-    ways = []
-    if isinstance(hardware.micro_batch, int) and hardware.micro_batch > 1:
-        ways.append(f"hardware.micro_batch={max(1, hardware.micro_batch // 2)} (now {hardware.micro_batch}; the numbers stay the same)")
-    if hardware.precision == "fp32" and hardware.device != "cpu":
-        ways.append("hardware.precision=bf16")
-    ways += ["more devices with hardware/strategy=fsdp", f"a smaller model.context_length (now {model.context_length}), width or depth"]
+    ways = [advice] if (advice := _by_forecast(config, vocabulary)) else []
+    if not ways:
+        if isinstance(hardware.micro_batch, int) and hardware.micro_batch > 1:
+            ways.append(f"hardware.micro_batch={max(1, hardware.micro_batch // 2)} (now {hardware.micro_batch}; the numbers stay the same)")
+        if hardware.precision == "fp32" and hardware.device != "cpu":
+            ways.append("hardware.precision=bf16")
+        ways += ["more devices with hardware/strategy=fsdp", f"a smaller model.context_length (now {model.context_length}), width or depth"]
     return f"out of memory at {when} on {hardware.device}: try {', or '.join(ways)}; checkpoints are untouched"
+
+
+def _by_forecast(config: Config, vocabulary: int) -> str:
+    from gptlab.runner.forecast import advice_when_full
+
+    try:
+        return advice_when_full(config, vocabulary, device_memory(torch.device(config.hardware.device)))
+    except Exception:  # the memory is used up, and the general advice will do
+        return ""

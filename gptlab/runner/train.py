@@ -13,20 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptlab.config import codec
+from gptlab.config.dial import described
 from gptlab.config.errors import ConfigError, DivergedError, GptlabError, OutOfMemory, Stopped
 from gptlab.config.registry import build
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config
 from gptlab.data.prepare import prepare
 from gptlab.data.prepared import Prepared
-from gptlab.hardware.device import is_out_of_memory, machine, peak_memory, restored
+from gptlab.hardware.device import device_memory, is_out_of_memory, machine, peak_memory, restored
 from gptlab.hardware.world import ElsewhereFailed, World
 from gptlab.model.transformer import meta_model
 from gptlab.runner import branch, checkpoint
 from gptlab.runner.environment import environment, source_hash
 from gptlab.runner.guard import BATCHES
 from gptlab.runner.log import Log, memory_advice
+from gptlab.runner.memory import fit_micro_batch
 from gptlab.runner.mirror import Mirror
 from gptlab.runner.passed import PASSED
 from gptlab.runner.place import check_url
@@ -70,6 +74,8 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
         _check_model(composed)
         resolved, origin = world.share(lambda: branch.settle(composed))
         with contextlib.closing(_prepare(resolved, world)) as data:
+            if config.hardware.micro_batch == "auto":  # what fits depends on the vocabulary, which is known only now
+                resolved = _with_fitting_micro_batch(resolved, data, world)
             labels = dict(settings or {}) | ({"trainer.start": str(origin.step)} if origin and settings else {})
             request = _Request(rerun, title or resolved.name or "base", labels, job, started, origin)
             try:
@@ -140,6 +146,10 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
         return _train(trainer, request.title, origin)
 
 
+def _with_fitting_micro_batch(config: Config, data: Prepared, world: World) -> Config:
+    return world.share(lambda: fit_micro_batch(config, data.vocabulary, device_memory(torch.device(config.hardware.device))))
+
+
 def _check_model(config: Config) -> None:
     """Say what does not fit before text is prepared. What else a component raises is told when the model is really built."""
     try:
@@ -159,7 +169,7 @@ def _built(config: Config, data: Prepared, run: Run, started: float) -> Trainer:
         raise
     except Exception as error:  # a component of the user's may raise anything
         if is_out_of_memory(error):
-            raise OutOfMemory(memory_advice(config, "the model is built")) from error
+            raise OutOfMemory(memory_advice(config, data.vocabulary, "the model is built")) from error
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise ConfigError(f"the model could not be built: {type(error).__name__}: {error} ({place})") from error
@@ -269,13 +279,18 @@ def _announce(trainer: Trainer, title: str) -> None:
     resumed = f", resumed at step {trainer.state.step}" if trainer.state.step else ""
     if trainer.start and trainer.state.step == trainer.start:
         resumed = f", from {trainer.config.trainer.start}"
+    context = trainer.config.model.context_length
+    parts = trainer.batch_tokens // context // ranks // trainer.micro_batch
+    split = f" in micro-batches of {trainer.micro_batch} x {context:,}" if parts > 1 else ""
     line = (
         f"  {title}: {trainer.parameters:,} parameters, {hardware.device}{f' x {ranks}' if ranks > 1 else ''}, {hardware.precision}"
-        f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{resumed}"
+        f"{', compiled' if hardware.compile else ''}, {trainer.batch_tokens:,} tokens a step{split}{resumed}"
     )
     if (dropped := trainer.loader.dropped) is not None:
         line += f"; best_fit packing drops {dropped:.1%} of the text"
     say((line, "dim"))
+    if trainer.config.model.dial:
+        say((f"  {described(trainer.config, trainer.steps)}", "dim"))
 
 
 def _flat(config: Config, trainer: Trainer) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gptlab.data.loader import Batch, Loader
 from gptlab.data.prepared import Prepared
 from gptlab.data.sources import training_rows
 from gptlab.hardware.device import set_up, synchronise
-from gptlab.hardware.precision import autocast, scaler
+from gptlab.hardware.precision import autocast, in_precision, scaler
 from gptlab.hardware.strategy import Strategy
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
 from gptlab.optimizer.groups import parameter_groups
@@ -71,9 +71,11 @@ class Trainer:
         self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents, rank=rank, ranks=ranks)
         self.flops_per_token = flops_per_token(model)
         self.parameters = count_parameters(model)["total"]
+        in_precision(model, config.hardware.precision)
+        model.recompute = build(config.hardware.checkpointing)
         self.model: Transformer = self.strategy.place(model, self.device)
         self.optimizer: torch.optim.Optimizer = build(
-            config.optimizer, groups=parameter_groups(self.model, self.model.roles()), device=self.device
+            config.optimizer, groups=parameter_groups(self.model, self.model.roles(), self.model.widening()), device=self.device
         )
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         # The rate that is shown: of the matrices, where the roles have rates of their own.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from gptlab.config.schema import Config
 from gptlab.data.loader import Batch, held_out_batches
@@ -20,6 +21,7 @@ from gptlab.tracker.protocol import Metrics
 
 ALONE = World()
 EVALUATION_TOKENS = 8192  # of one forward pass
+EVALUATION_LOGITS = 1 << 26  # held at a time; a larger vocabulary's are made in parts
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config,
     batches = held_out_batches(data, name, context, config.data.validation_tokens, rows, documents=model.sees_documents)
     for batch, counts in _dealt(batches, world):
         with autocast(device, config.hardware.precision):
-            loss, right = _scored(model, batch.to(device), count_right=data.task is not None)
+            loss, right = scored(model, batch.to(device), count_right=data.task is not None).tolist()
         if not counts:
             continue
-        nats, correct = nats + loss, correct + right
+        nats, correct = nats + loss, correct + int(right)
         tokens += batch.tokens
         size += int(lengths[batch.targets].sum())
     model.train(was_training)
@@ -91,14 +93,29 @@ def _dealt(batches: Iterator[Batch], world: World) -> Iterator[tuple[Batch, bool
         yield round_[world.rank if mine else 0], mine
 
 
-def _scored(model: Transformer, batch: Batch, *, count_right: bool) -> tuple[float, int]:
-    """Summed loss of a batch, and how many of its scored tokens were the likeliest."""
-    logits = model(batch.inputs, document=batch.document)
-    logits, targets = logits.reshape(-1, logits.shape[-1]).float(), batch.targets.reshape(-1)
-    if batch.weight is None:
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        return float(loss.double()), int((logits.argmax(-1) == targets).sum()) if count_right else 0
-    weight = batch.weight.reshape(-1)
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    right = ((logits.argmax(-1) == targets) & (weight > 0)).sum()
-    return float((losses * weight).sum(dtype=torch.float64)), int(right)
+def scored(model: Transformer, batch: Batch, *, count_right: bool) -> Tensor:
+    """(2,) in float64: the summed loss of a batch, and how many of its scored tokens were the likeliest."""
+    targets = batch.targets.reshape(-1)
+    weight = None if batch.weight is None else batch.weight.reshape(-1)
+
+    def reduce(features: Tensor, within: Transformer) -> Tensor:
+        rows, size = features.reshape(-1, features.shape[-1]), max(1, EVALUATION_LOGITS // within.vocabulary)
+        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        return torch.stack(
+            [
+                _sums(within.logits(rows[part]).float(), targets[part], None if weight is None else weight[part], count_right)
+                for part in parts
+            ]
+        ).sum(0)
+
+    sums: Tensor = model(batch.inputs, document=batch.document, reduce=reduce)
+    return sums
+
+
+def _sums(logits: Tensor, targets: Tensor, weight: Tensor | None, count_right: bool) -> Tensor:
+    """(2,) in float64: the summed loss of n tokens from logits (n, v), and how many were right."""
+    losses = F.cross_entropy(logits, targets, reduction="sum" if weight is None else "none")
+    if weight is not None:
+        losses = (losses * weight).sum(dtype=torch.float64)
+    right = (logits.argmax(-1) == targets) & (weight > 0 if weight is not None else True) if count_right else losses.new_zeros(())
+    return torch.stack((losses.double(), right.sum(dtype=torch.float64)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -136,6 +137,7 @@ def markdown(comparison: Comparison) -> str:
 # Okabe & Ito's palette, told apart by the colour-blind; black is the baseline's.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _STYLES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
+_REFERENCE = "#777777"  # published losses
 
 
 def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) -> Path:
@@ -166,6 +168,10 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
         axes.fill_between(steps, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps], color=colour, alpha=0.15, linewidth=0)
         ends.append((mean[-1], f"{arm.label}  {mean[-1]:.3f}", colour))
         lowest, highest = min(lowest, *mean), max(highest, *mean)
+    if metric == METRIC:
+        for text, value in _draw_references(axes, found):
+            ends.append((value, text, _REFERENCE))
+            lowest, highest = min(lowest, value), max(highest, value)
     axes.set_xlabel("step")
     axes.set_ylabel(f"{metric} (nats a token)" if metric == METRIC else metric)
     seeds = max((len(arm.runs) for arm in found), default=0)
@@ -187,3 +193,32 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
     finally:
         pyplot.close(figure)
     return file
+
+
+def _draw_references(axes: Any, arms: Sequence[Arm]) -> list[tuple[str, float]]:
+    """Published losses that runs were held against, with their bands, as far as the runs went; the text and last loss of each."""
+    import numpy as np
+
+    drawn: dict[str, tuple[str, float]] = {}
+    for run, summary in ((run, arm.summaries[seed]) for arm in arms for seed, run in arm.runs.items()):
+        config = (run.read("config.json") or {}).get("config", {})
+        curve_ = run.read("reference.json")
+        held = any(callback.get("name") == "reference" for callback in config.get("callbacks", {}).values())
+        if not curve_ or not held or curve_["name"] in drawn:
+            continue
+        batch, last = config["trainer"]["batch_tokens"], float(summary["step"])
+        places = [(step * curve_["batch_tokens"] / batch, loss) for step, loss in curve_["points"]]
+        shown = [(step, loss) for step, loss in places if step <= last] if places else [(0.0, curve_["mark"]), (last, curve_["mark"])]
+        if not shown:
+            continue
+        steps, losses = [np.array(column) for column in zip(*shown, strict=True)]
+        if places:
+            axes.plot(steps, losses, "D", color=_REFERENCE, markersize=4, fillstyle="none")
+        between = np.geomspace(steps[0], steps[-1], 100) if places else steps  # as runs are judged: linear in the logarithm of the tokens
+        line = np.interp(np.log(between), np.log(steps), losses) if places else losses
+        axes.plot(between, line, color=_REFERENCE, linewidth=1.0, linestyle=":")
+        axes.fill_between(between, line - curve_["below"], line + curve_["above"], color=_REFERENCE, alpha=0.12, linewidth=0)
+        if len(shown) == 1:  # a band needs a width
+            axes.errorbar(steps, losses, yerr=[[curve_["below"]], [curve_["above"]]], color=_REFERENCE, linewidth=1.0, capsize=3)
+        drawn[curve_["name"]] = (f"published  {losses[-1]:.3f}", float(losses[-1]))
+    return list(drawn.values())

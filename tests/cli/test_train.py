@@ -129,7 +129,7 @@ def test_the_config_is_shown_and_nothing_is_trained(gptlab: Command) -> None:
         (["optimizer.learning_rate=-1"], 2, "optimizer.learning_rate=-1.0 must be at least 0"),
         (["schedule.final=2"], 2, "schedule.final=2.0 must be in [0, 1]"),
         (["hardware.device=cuda:77"], 2, "hardware.device=cuda:77"),
-        (["hardware.precision=fp8"], 2, "hardware.precision=fp8 is not one of"),
+        (["hardware.precision=fp4"], 2, "hardware.precision=fp4 is not one of"),
         (["study=a/b"], 2, "study='a/b'"),
         (["name=${oc.env:HOME}"], 2, "would write the environment"),
         (["--reurn"], 2, "--reurn is not an option of gptlab train (did you mean --rerun?)"),

@@ -27,7 +27,8 @@ GOLDEN = {
 }
 
 # Written out here and not taken from schema.NOT_IDENTITY: what leaves the identity leaves it on purpose, and in two places.
-FREE = ("hardware.device", "hardware.strategy", "hardware.threads", "hardware.micro_batch", "data.corpus", "data.tokenizer",
+FREE = ("model.dial", "hardware.device", "hardware.strategy", "hardware.checkpointing", "objective.chunk",
+        "hardware.threads", "hardware.micro_batch", "data.corpus", "data.tokenizer",
         "data.validation_fraction", "data.validation", "data.filter", "tracker", "trainer.log_every",
         "trainer.on_nonfinite", "trainer.max_passed",
         "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.profile", "trainer.mirror",

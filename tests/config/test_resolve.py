@@ -93,7 +93,7 @@ def test_auto_micro_batch_divides_the_batch_within_the_devices_limit() -> None:
         (["hardware.device=cuda"], "hardware.device=cuda: this machine has cpu"),
         (["hardware.device=cuda:1"], "hardware.device=cuda:1: this machine has cpu"),
         (["hardware.device=tpu"], "hardware.device=tpu is not one of auto, cpu, cuda"),
-        (["hardware.precision=fp8"], "hardware.precision=fp8 is not one of auto, fp32, bf16, fp16"),
+        (["hardware.precision=fp4"], "hardware.precision=fp4 is not one of auto, fp32, bf16, bf16_pure, fp16, fp8"),
         (["hardware.precision=fp16"], "hardware.precision=fp16 needs a GPU; on the CPU use bf16 or fp32"),
         (["model.width=0"], "model.width=0 must be at least 1"),
         (["model.depth=-1"], "model.depth=-1 must be at least 0"),

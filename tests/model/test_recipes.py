@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptlab.config.compose import compose
+from gptlab.config.resolve import Machine, resolve
 from gptlab.config.schema import ModelConfig
 from gptlab.config.sources import config_dir
 from gptlab.model.attention import mean_by_loop, mean_by_matmul, mean_by_softmax
@@ -21,7 +22,8 @@ SMALL = 11_000_000  # parameters with 65 tokens of a model that a test can affor
 
 
 def config(recipe: str, *overrides: str) -> ModelConfig:
-    return compose([f"model={recipe}", *overrides]).model
+    made = compose([f"model={recipe}", *overrides])
+    return resolve(made, Machine(devices=("cpu",))).model if made.model.dial else made.model
 
 
 def size(recipe: str, vocabulary: int) -> dict[str, int]:
