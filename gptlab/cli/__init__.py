@@ -101,6 +101,7 @@ def plan(
     price: Annotated[str | None, typer.Option(help="Of an hour: 1.29/h or $1.29/h.", metavar="PRICE")] = None,
     as_json: JsonOption = False,
     measure: Annotated[bool, typer.Option("--measure", help="Train a few steps, and show the forecast beside what they took.")] = False,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="As for train; a list of values is a sweep without it, too.")] = False,
 ) -> None:
     """Forecast parameters, FLOPs, memory, time and cost of a run or a sweep; nothing is trained."""
     from gptlab.cli.plan import plan as run

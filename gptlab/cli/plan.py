@@ -226,7 +226,7 @@ def _show_sweep(found: Sequence[Point], forecasts: Sequence[Forecast], price: Pr
     known = [made.seconds.total for made in forecasts if made.seconds is not None]
     shown.add_section()
     most = max(made.memory.total for made in forecasts)
-    shown.add_row("together", "", f"{most / 1e9:.2f}", _duration(sum(known)), *([] if price is None else [price.of(sum(known))]))
+    shown.add_row("together", "", f"at most {most / 1e9:.2f}", _duration(sum(known)), *([] if price is None else [price.of(sum(known))]))
     console.print(shown)
     poor = next((made for made in forecasts if not made.fits), None)
     _verdict(poor or max(forecasts, key=lambda made: made.memory.total))

@@ -87,6 +87,7 @@ def rate_of(model: ModelConfig) -> float:
 def described(config: Config, steps: int | None) -> str:
     """What a resolved config's dial is at, for the terminal."""
     model, rate = config.model, getattr(config.optimizer, "learning_rate", math.nan)
-    length = f"{config.trainer.budget} = {steps:,} steps" if steps is not None else config.trainer.budget
+    in_steps = steps is not None and not config.trainer.budget.endswith(("step", "steps"))
+    length = f"{config.trainer.budget} = {steps:,} steps" if in_steps else config.trainer.budget
     sizes = f"width {model.width}, {model.heads} head{'s' if model.heads > 1 else ''}"
     return f"dial {model.depth}: {sizes}, batch {int(config.trainer.batch_tokens):,} tokens, learning rate {rate:g}, {length}"

@@ -62,11 +62,12 @@ def test_a_sweep_has_a_row_a_point_and_seeds_are_forecast_once(
     calls = []
     real = plan.forecast
     monkeypatch.setattr(plan, "forecast", lambda config, *a, **k: calls.append(config.model.width) or real(config, *a, **k))
-    result = gptlab("plan", *prepared, "model.width=16,32", "seed=0,1", "--card", "H100", "--price", "3/h")
+    result = gptlab("plan", "-m", *prepared, "model.width=16,32", "seed=0,1", "--card", "H100", "--price", "3/h")
     assert result.code == 0, result.err
     assert sorted(calls) == [16, 32]
     assert result.out.count("width=16") == result.out.count("width=32") == 2
     assert "together" in result.out
+    assert "at most" in result.out
 
 
 def test_a_stream_is_planned_for_a_card_without_its_data(gptlab: Command, empty_home: Path, tiktoken_cache: Path) -> None:

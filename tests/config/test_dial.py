@@ -146,4 +146,5 @@ def test_an_older_config_has_the_standard_parametrisation(dialled: Callable[...,
 def test_it_says_what_it_has_set(dialled: Callable[..., Config]) -> None:
     config = dialled("model.depth=4")
     assert described(config, 1234) == f"dial 4: width 256, 4 heads, batch 32,768 tokens, learning rate {LEARNING_RATE:g}, 20x = 1,234 steps"
-    assert described(dialled("model.depth=1", "trainer.budget=5min"), None).endswith("5min")
+    assert described(dialled("model.depth=1", "trainer.budget=5min"), None).endswith(", 5min")
+    assert described(dialled("model.depth=1", "trainer.budget=7steps"), 7).endswith(", 7steps")
