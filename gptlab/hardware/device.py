@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gptlab.config.errors import ConfigError
+from gptlab.config.product import cpu_multiplies_bf16
 from gptlab.config.resolve import Machine
 from gptlab.config.schema import HardwareConfig
 from gptlab.hardware.cards import known_card
@@ -34,11 +35,7 @@ def machine() -> Machine:
     if torch.backends.mps.is_available():
         devices.append("mps")
     ranks = (launched() or World()).size
-    return Machine(devices=(*devices, "cpu"), cpu_bf16=_cpu_bf16(), gpu_bf16=gpu_bf16, gpu_fp8=gpu_fp8, ranks=ranks)
-
-
-def _cpu_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Machine(devices=(*devices, "cpu"), cpu_bf16=cpu_multiplies_bf16(), gpu_bf16=gpu_bf16, gpu_fp8=gpu_fp8, ranks=ranks)
 
 
 def peak_flops(device: torch.device) -> float | None:

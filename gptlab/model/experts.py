@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
+from gptlab.config.product import emulated
 from gptlab.config.record import record, recording
 from gptlab.config.registry import register
 from gptlab.model.context import Context
@@ -224,6 +225,9 @@ def _slices(ends: Tensor) -> list[slice]:
 @torch.library.custom_op("gptlab::grouped_product", mutates_args=())
 def grouped_product(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """(s, o) from rows (s, i), weight (e · o, i), bias (e · o,), ends (e,): rows ends[j-1] to ends[j] times the j-th matrix, transposed."""
+    dtype = rows.dtype
+    if emulated(rows):
+        rows, weight, bias = rows.float(), weight.float(), None if bias is None else bias.float()
     matrices = weight.view(len(ends), -1, weight.shape[1])
     out = rows.new_empty(len(rows), matrices.shape[1])
     for j, here in enumerate(_slices(ends)):
@@ -231,7 +235,7 @@ def grouped_product(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Ten
             torch.mm(rows[here], matrices[j].t(), out=out[here])
         else:
             torch.addmm(bias.view(len(ends), -1)[j], rows[here], matrices[j].t(), out=out[here])
-    return out
+    return out.to(dtype)
 
 
 @grouped_product.register_fake
@@ -242,6 +246,9 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor
 @torch.library.custom_op("gptlab::grouped_product_backward", mutates_args=())
 def grouped_product_backward(gradient: Tensor, rows: Tensor, weight: Tensor, ends: Tensor, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of rows, weight and bias (empty, unless `biased`) from that of the product (s, o)."""
+    dtype = rows.dtype
+    if emulated(rows):
+        gradient, rows, weight = gradient.float(), rows.float(), weight.float()
     matrices = weight.view(len(ends), -1, weight.shape[1])
     of_rows, of_weight = torch.empty_like(rows), torch.empty_like(matrices)
     of_bias = weight.new_empty(matrices.shape[:2] if biased else (0,))
@@ -250,7 +257,7 @@ def grouped_product_backward(gradient: Tensor, rows: Tensor, weight: Tensor, end
         torch.mm(gradient[here].t(), rows[here], out=of_weight[j])
         if biased:
             torch.sum(gradient[here], 0, out=of_bias[j])
-    return of_rows, of_weight.view_as(weight), of_bias.flatten()
+    return of_rows.to(dtype), of_weight.view_as(weight).to(dtype), of_bias.flatten().to(dtype)
 
 
 @grouped_product_backward.register_fake

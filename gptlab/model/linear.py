@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gptlab.config.product import cpu_multiplies_bf16, mm
 from gptlab.model.path import on_cpu
 
 SMALL = 256  # features in or out
@@ -23,9 +24,11 @@ def linear(
 
     torch's own autocast gives bf16, and sums and products of unlike types cost a narrow model all that its matrix products gain
     (a step of width 128 takes 0.75 of the time of fp32 this way, and as long as fp32 that way; at width 384 torch's is the faster by
-    a fifth). `narrow`: leave it in bf16 all the same, for what only goes through a function on its way to the next product.
+    a fifth; a CPU without bf16 instructions goes this way at any width). `narrow`: leave it in bf16 all the same, for what only goes
+    through a function on its way to the next product.
     """
-    if on_cpu(x) and min(weight.shape) < SMALL and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+    own = on_cpu(x) and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if own and (min(weight.shape) < SMALL or not cpu_multiplies_bf16()):
         product: Tensor = _Product.apply(x, weight, torch.get_autocast_dtype("cpu"), narrow)  # type: ignore[no-untyped-call]
         return product if bias is None else product + bias.to(product.dtype)
     return F.linear(x, weight, bias)
@@ -37,15 +40,15 @@ class _Product(torch.autograd.Function):
         rows, matrix = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         context.save_for_backward(rows, matrix)
         context.shape, context.dtype = x.shape, x.dtype
-        product = torch.mm(rows, matrix.t())
+        product = mm(rows, matrix.t())
         return (product if narrow else product.float()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, matrix = context.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(rows.dtype)
-        of_x = torch.mm(gradient, matrix).to(context.dtype).view(context.shape) if context.needs_input_grad[0] else None
-        of_weight = torch.mm(gradient.t(), rows).float() if context.needs_input_grad[1] else None
+        of_x = mm(gradient, matrix).to(context.dtype).view(context.shape) if context.needs_input_grad[0] else None
+        of_weight = mm(gradient.t(), rows).float() if context.needs_input_grad[1] else None
         return of_x, of_weight, None, None
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_step
 
 from gptlab.config.errors import ConfigError
+from gptlab.config.product import emulated
 from gptlab.config.registry import register
 from gptlab.optimizer.groups import Groups, check_shares, torch_groups
 
@@ -24,10 +25,21 @@ def orthogonalised(matrices: Tensor, iterations: int) -> Tensor:
     """(n, rows, columns), rows at most columns: each matrix with its singular values brought near 1, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     x: Tensor = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    rounded = _through_bf16 if emulated(x) else _as_it_is
+    x = rounded(x)
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = rounded(x @ x.mT)
+        x = rounded(torch.baddbmm(x, rounded(torch.baddbmm(gram, gram, gram, beta=b, alpha=c)), x, beta=a))
     return x
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _through_bf16(x: Tensor) -> Tensor:
+    """fp32 that holds what bf16 would."""
+    return x.to(torch.bfloat16).float()
 
 
 def scale_of(shape: torch.Size, convention: str) -> float:
