@@ -110,6 +110,43 @@ def plan(
 
 
 @app.command()
+def ablate(
+    overrides: OverridesArgument = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="An axis, the baseline's value first: model/norm=layernorm,rmsnorm.", metavar="KEY=VALUE,…")
+    ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help='An arm of several changes: modern="model/norm=rmsnorm optimizer=muon".', metavar="NAME=…")
+    ] = None,
+    design: Annotated[
+        str | None, typer.Option(help="grid (every combination), single (one change at a time), ladder (each added to the last).")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many, from 0; what is done is not trained again. 3 unless given.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The arm the others are judged against; the first, unless named.")] = None,
+    effect: Annotated[float | None, typer.Option(help="The smallest difference of val/loss worth knowing. 0.01 unless given.")] = None,
+    until_decided: Annotated[
+        str | None, typer.Option(help="Add seeds until every arm is decided: at most so many, or for so long (24, 2h).", metavar="MOST")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they will take; train nothing.")] = False,
+) -> None:
+    """Train the arms of an ablation over several seeds, and give the verdict on each."""
+    from gptlab.cli.ablate import ablate as run
+
+    code = run(
+        overrides or [],
+        vary=vary or [],
+        arms=arm or [],
+        design=design,
+        seeds=seeds,
+        baseline=baseline,
+        effect=effect,
+        until_decided=until_decided,
+        dry_run=dry_run,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def cooldown(
     run: RunArgument,
     overrides: Annotated[
@@ -131,6 +168,7 @@ def compare(
     study: Annotated[str, typer.Argument(help="The study to compare.")],
     baseline: Annotated[str | None, typer.Option(help="The arm the others are compared with; the first, unless named.")] = None,
     target: Annotated[float | None, typer.Option(help="A loss: test whether each arm's mean is at most that.", metavar="LOSS")] = None,
+    effect: Annotated[float | None, typer.Option(help="The smallest difference worth knowing; unless given, the study's own.")] = None,
     as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A markdown table.")] = False,
     png: Annotated[Path | None, typer.Option(help="Save the loss curves here.", metavar="FILE")] = None,
@@ -138,7 +176,7 @@ def compare(
     """Compare the arms of a study: each against the baseline, on paired seeds."""
     from gptlab.cli.show import compare as show
 
-    show(study, baseline=baseline, target=target, as_json=as_json, as_markdown=as_markdown, png=png)
+    show(study, baseline=baseline, target=target, effect=effect, as_json=as_json, as_markdown=as_markdown, png=png)
 
 
 @app.command()

@@ -168,12 +168,12 @@ def _show(made: Forecast, price: Price | None) -> None:
     _verdict(made)
     if seconds is None:
         return
-    parts = [(f"{made.steps:,} steps of {_duration(seconds.step)}", seconds.training), ("evaluations", seconds.evaluation)]
+    parts = [(f"{made.steps:,} steps of {duration(seconds.step)}", seconds.training), ("evaluations", seconds.evaluation)]
     parts += [("samples", seconds.samples), ("checkpoints", seconds.checkpoints)]
     _table(
         ("time", "", "%"),
-        [(n, _duration(s), f"{100 * s / seconds.total:.1f}") for n, s in parts],
-        ("together", _duration(seconds.total), "100.0"),
+        [(n, duration(s), f"{100 * s / seconds.total:.1f}") for n, s in parts],
+        ("together", duration(seconds.total), "100.0"),
     )
     say((f"steps: {seconds.by}; the rest is estimated", "dim"))
     if price is not None:
@@ -221,12 +221,12 @@ def _show_sweep(found: Sequence[Point], forecasts: Sequence[Forecast], price: Pr
     for point, made in zip(found, forecasts, strict=True):
         seconds = made.seconds
         row = [name_of(point.chosen), f"{made.parameters['total']:,}", f"{made.memory.total / 1e9:.2f}{'' if made.fits else ' !'}"]
-        row.append("?" if seconds is None else _duration(seconds.total))
+        row.append("?" if seconds is None else duration(seconds.total))
         shown.add_row(*row, *([] if price is None else ["?" if seconds is None else price.of(seconds.total)]))
     known = [made.seconds.total for made in forecasts if made.seconds is not None]
     shown.add_section()
     most = max(made.memory.total for made in forecasts)
-    shown.add_row("together", "", f"at most {most / 1e9:.2f}", _duration(sum(known)), *([] if price is None else [price.of(sum(known))]))
+    shown.add_row("together", "", f"at most {most / 1e9:.2f}", duration(sum(known)), *([] if price is None else [price.of(sum(known))]))
     console.print(shown)
     poor = next((made for made in forecasts if not made.fits), None)
     _verdict(poor or max(forecasts, key=lambda made: made.memory.total))
@@ -240,7 +240,7 @@ def _measured(made: Forecast, *, as_json: bool) -> None:
         raise ConfigError("--measure: this run is not forecast to fit, so it is not tried; the plan without --measure says what would")
     step = made.seconds.step
     if step > LONGEST_MEASURED:
-        raise ConfigError(f"--measure: a step takes {_duration(step)} here; try a smaller trainer.batch_tokens")
+        raise ConfigError(f"--measure: a step takes {duration(step)} here; try a smaller trainer.batch_tokens")
     steps = min(MEASURED_STEPS[1], max(MEASURED_STEPS[0], round(MEASURED_SECONDS / step)))
     config = _shortened(made.config, steps)
     predicted = forecast_memory(config, _vocabulary(made), process=made.memory.process)
@@ -319,7 +319,8 @@ def _engineering(value: float) -> str:
     return f"{value / 1000**power:,.1f} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z'][power]}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`12 ms`, `3.4 s`, `12 min`, `2.5 h`."""
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms" if seconds >= 0.001 or not seconds else "1 ms"
     if seconds < 120:

@@ -16,9 +16,11 @@ from gptlab.study.report import draw_curves, markdown, show
 from gptlab.tracker.console import console, say
 
 
-def compare(study: str, *, baseline: str | None, target: float | None, as_json: bool, as_markdown: bool, png: Path | None) -> None:
+def compare(
+    study: str, *, baseline: str | None, target: float | None, effect: float | None, as_json: bool, as_markdown: bool, png: Path | None
+) -> None:
     """Print a comparison in the form that was asked for."""
-    found = compare_study(study, baseline=baseline, target=target)
+    found = compare_study(study, baseline=baseline, target=target, effect=effect)
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     elif as_markdown:

@@ -27,17 +27,22 @@ from gptlab.config.explain import check_overrides, explain
 from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
+from gptlab.config.sweep import sweep
 from gptlab.hardware.world import World, launched, leave
-from gptlab.runner.run import PICTURE, runs_root
+from gptlab.runner.run import PICTURE, read_ablation, runs_root, write_ablation
 from gptlab.runner.stop import Requeued
 from gptlab.runner.train import train as train_run
+from gptlab.study.live import LiveTable
 from gptlab.tracker.console import complain, console, say
 
 RERUN, LAUNCH, SIZE = "GPTLAB_RERUN", "GPTLAB_LAUNCH", "GPTLAB_LAUNCH_SIZE"
 
 
-def train(arguments: Sequence[str]) -> int:
-    """Run `gptlab train ARGUMENTS`; returns the exit code. Raises GptlabError for a single run that failed."""
+def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
+    """Run `gptlab train ARGUMENTS`; returns the exit code. Raises GptlabError for a single run that failed.
+
+    `conclude`: compare a sweep's arms at its end.
+    """
     own, passed = _own_options(arguments)
     check_overrides(a for a in passed if not a.startswith("-"))
     with contextlib.ExitStack() as stack:
@@ -48,9 +53,8 @@ def train(arguments: Sequence[str]) -> int:
             stack.enter_context(environment(RERUN, "1"))
         compose.prepare()
         shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
-        size = None if shows_only else compose.sweep_size(passed)
-        if size is not None:
-            stack.enter_context(environment(SIZE, str(size)))
+        if not shows_only:
+            _expect(passed, stack)
         outcomes = stack.enter_context(_launch_folder())
         _run_hydra(passed)
         if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
@@ -60,7 +64,7 @@ def train(arguments: Sequence[str]) -> int:
         if stopped:
             raise Stopped(stopped[0]["message"])
         if results and results[0]["sweep"] and (launched() or World()).first:
-            after_sweep(results)
+            after_sweep(results, conclude=conclude)
         for result in results:
             if result["code"] and result["sweep"]:
                 raise ExitWith("", 1)  # they have been told
@@ -68,6 +72,22 @@ def train(arguments: Sequence[str]) -> int:
                 raise ExitWith(result["message"], result["code"], everywhere=result.get("everywhere", False))
         leave()
         return 0
+
+
+def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> None:
+    """Of a sweep whose runs are known beforehand: how many there are; of arms, their names and a table of them while they train."""
+    multirun = bool({"-m", "--multirun"} & set(passed))
+    asked = sweep([a for a in passed if _is_override(a)], multirun=multirun)
+    if asked.points is None or not asked.swept:
+        return
+    stack.enter_context(environment(SIZE, str(len(asked.points))))
+    if asked.study is None or not (launched() or World()).first:
+        return
+    options = asked.study.options
+    labels = [arm.label for arm in asked.study.arms]
+    told = {"baseline": options.baseline or labels[0], "effect": options.effect, "looks": list(options.looks), "arms": labels}
+    write_ablation(asked.name, read_ablation(asked.name) | told)
+    stack.enter_context(LiveTable(asked.name, labels, asked.study.seeds))
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:
@@ -165,11 +185,11 @@ def task(composed: DictConfig) -> None:
     sweep = job.mode == RunMode.MULTIRUN
     overrides = list(job.overrides.task)
     number = int(job.job.num) if sweep else -1
-    title = compose.name_of(overrides) or "base"
+    title = f"{composed.arm}, seed {composed.seed}" if composed.arm else compose.name_of(overrides) or "base"
     state: dict[str, Any] = {"sweep": sweep, "job": number, "title": title, "study": str(composed.study)}
     try:
         config = _side_by_side(compose.to_config(composed, overrides), job.launcher.get("n_jobs"))
-        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (config.name or title)
+        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (title if config.arm else config.name or title)
         outcome = train_run(config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number)
     except GptlabError as error:
         stopped = isinstance(error, Stopped)
@@ -217,8 +237,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: int(r["job"]))
 
 
-def after_sweep(results: list[dict[str, Any]]) -> None:
-    """Say what the sweep did, compare its arms, draw them, let the best speak, and tell of each failure."""
+def after_sweep(results: list[dict[str, Any]], *, conclude: bool = True) -> None:
+    """Say what the sweep did, compare its arms, draw them, let the best speak (if it is to `conclude`), and tell of each failure."""
     from gptlab.study.compare import compare
     from gptlab.study.report import draw_curves, show
 
@@ -226,7 +246,7 @@ def after_sweep(results: list[dict[str, Any]]) -> None:
     skipped = sum(r["state"] == "skipped" for r in results)
     study = results[0]["study"]
     say(f"\n{len(results)} runs: {sum(r['state'] == 'done' for r in results)} trained, {skipped} skipped, {len(failed)} failed")
-    if len(failed) < len(results):
+    if conclude and len(failed) < len(results):
         comparison = compare(study)
         show(comparison)
         picture = draw_curves(study, runs_root() / study / PICTURE)

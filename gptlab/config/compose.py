@@ -11,13 +11,10 @@ from typing import Any, NoReturn, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
@@ -28,9 +25,10 @@ from gptlab.config.explain import check_overrides, environment_refused, explain,
 from gptlab.config.registry import absent_parts, check_choices, components, load_components
 from gptlab.config.schema import Config
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
+from gptlab.config.sweeper import ArmsConfig, ArmSweeper
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
-_NAMELESS = ("study", "name", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
+_NAMELESS = ("study", "name", "arm", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
              "hardware/strategy", "hardware.strategy", "trainer.log_every", "trainer.on_nonfinite", "trainer.max_passed",
              "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.profile", "trainer.mirror",
              "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
@@ -43,7 +41,8 @@ def prepare() -> None:
     store.store(name="schema", node=Config)
     for component in components():
         store.store(group=component.slot.path, name=component.name, node=component.options)
-    for plugin in (ExperimentSource, ExperimentSearchPath):
+    store.store(group="hydra/sweeper", name="arms", node=ArmsConfig, provider="gptlab")
+    for plugin in (ExperimentSource, ExperimentSearchPath, ArmSweeper):
         Plugins.instance().register(plugin)
     # An error of ours is one sentence; Hydra's own printing would come before it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -65,32 +64,6 @@ def compose(overrides: Sequence[str] = (), *, name: str | None = None) -> Config
         raise explain(error) from error
     finally:
         GlobalHydra.instance().clear()
-
-
-def sweep_size(arguments: Sequence[str]) -> int | None:
-    """How many runs `gptlab train ARGUMENTS` would launch with Hydra's own sweeper; None for a single run or another sweeper."""
-    overrides = [a for a in arguments if not a.startswith("-")]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        running = GlobalHydra.instance().hydra
-        assert running is not None
-        try:
-            composed = running.compose_config("config", overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
-        except (HydraException, OmegaConfBaseException):
-            return None  # Hydra itself will say what is wrong
-        loader = running.config_loader
-    GlobalHydra.instance().clear()
-    try:
-        with without_environment():  # what a sweep's values hold becomes overrides, as plain text
-            OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
-    multirun = composed.hydra.mode == RunMode.MULTIRUN or {"-m", "--multirun"} & set(arguments)
-    if not multirun or not str(composed.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
-        return None
-    parameters = [f"{k}={v}" for k, v in (composed.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *overrides])
-    return sum(len(batch) for batch in BasicSweeper.split_arguments(parsed, None))
 
 
 def chosen(overrides: Sequence[str]) -> list[str]:
@@ -133,7 +106,7 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
     for path, options in options_in(config):
         check_choices(options, path)
     chosen = name if name is not None else config.name
-    return replace(config, name=chosen or name_of(overrides))
+    return replace(config, name=chosen or (_plain(f"{config.arm},seed={config.seed}") if config.arm else name_of(overrides)))
 
 
 def _completed(composed: DictConfig) -> DictConfig:
@@ -160,4 +133,9 @@ def settings(overrides: Iterable[str]) -> dict[str, str]:
 def name_of(overrides: Iterable[str]) -> str:
     """A folder name for a run: `norm=rmsnorm,position=rotary,seed=1`."""
     parts = [f"{short_key(key)}={value}" for key, value in settings(overrides).items() if key != "experiment"]
-    return re.sub(r"[^\w.,=+-]+", "_", ",".join(sorted(parts, key=lambda p: p.startswith("seed="))))[:120]
+    return _plain(",".join(sorted(parts, key=lambda p: p.startswith("seed="))))
+
+
+def _plain(name: str) -> str:
+    """What may be a folder's name."""
+    return re.sub(r"[^\w.,=+-]+", "_", name)[:120]

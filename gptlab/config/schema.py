@@ -145,6 +145,7 @@ class Config:
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     study: str = "default"  # the folder of runs that are compared
     name: str = ""  # what differs from the base; empty: from the command line
+    arm: str = ""  # what the run is called among the arms of its study; empty: by what it differs in
 
 
 # What cannot change a run's numbers (beyond rounding), and so is no part of its identity.
@@ -172,5 +173,6 @@ NOT_IDENTITY: tuple[str, ...] = (
     "trainer.mirror",
     "study",
     "name",
+    "arm",
     "seed",  # resolved into seeds
 )

@@ -170,3 +170,8 @@ SLOTS: dict[str, Slot] = {
         Slot("callback", Callback, ()),
     )
 }
+
+
+def word(key: str, value: str) -> str:
+    """A component or recipe speaks for itself (`rmsnorm`); a value needs its key (`learning_rate=0.01`)."""
+    return value if key in SLOTS or key in ("model", "data", "hardware", "experiment", "name") else f"{key.rpartition('.')[2]}={value}"

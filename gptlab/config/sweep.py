@@ -1,4 +1,4 @@
-"""The runs that a list of overrides asks for: one, or the points of a sweep."""
+"""The runs that a list of overrides asks for: one, the points of a sweep, or the arms and seeds of a study."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptlab.config.compose import prepare
+from gptlab.config.compose import prepare, without_environment
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, explain
 from gptlab.config.sources import config_dir
+from gptlab.config.sweeper import Study, study_of
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,29 @@ class Point:
     chosen: list[str]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms."""
+
+    swept: bool
+    points: list[Point] | None
+    study: Study | None = None
+    name: str = ""  # of the study's folder
+
+
 def points(overrides: Sequence[str], *, what: str) -> list[Point]:
     """The runs of `gptlab train OVERRIDES`, in order: several where the overrides, or their experiment, make a sweep.
 
     Raises ConfigError for a sweep whose points nobody knows beforehand; `what` is who asks, for its sentence.
     """
+    found = sweep(overrides).points
+    if found is None:
+        raise ConfigError(f"{what}, and hydra/sweeper makes up its own; give the values of one run")
+    return found
+
+
+def sweep(overrides: Sequence[str], *, multirun: bool = False) -> Sweep:
+    """What `gptlab train OVERRIDES` would launch; `multirun`: -m was given. Raises ConfigError."""
     prepare()
     check_overrides(overrides)
     GlobalHydra.instance().clear()
@@ -40,18 +60,26 @@ def points(overrides: Sequence[str], *, what: str) -> list[Point]:
             running = GlobalHydra.instance().hydra
             assert running is not None
             loader = running.config_loader
-            hydra = running.compose_config("config", list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False).hydra
+            composed = running.compose_config("config", list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False)
+            hydra = composed.hydra
+            with without_environment():  # what a sweep's values hold becomes overrides, as plain text
+                OmegaConf.to_container(hydra.sweeper, resolve=True)
             parser = OverridesParser.create(config_loader=loader)
-            swept = hydra.mode == RunMode.MULTIRUN or any(o.is_sweep_override() for o in parser.parse_overrides(list(overrides)))
-            if not swept:
-                return [Point(list(overrides), [])]
-            if not str(hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
-                raise ConfigError(f"{what}, and hydra/sweeper makes up its own; give the values of one run")
+            lists = any(o.is_sweep_override() for o in parser.parse_overrides(list(overrides)))
+            if not (multirun or hydra.mode == RunMode.MULTIRUN or lists):
+                return Sweep(False, [Point(list(overrides), [])])
+            kind = str(hydra.sweeper.get("_target_", ""))
+            if kind.endswith("ArmSweeper"):
+                study = study_of(hydra.sweeper, overrides, parser)
+                jobs = [Point(study.job(a, s), [*a.overrides, f"seed={s}"]) for s in study.seeds for a in study.arms]
+                return Sweep(True, jobs, study, str(composed.study))
+            if not kind.endswith("BasicSweeper"):
+                return Sweep(True, None)
             parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
             parsed = parser.parse_overrides([*parameters, *overrides])
             last = {o.get_key_element(): o.is_sweep_override() for o in parsed}  # what comes later wins
             found = [[str(o) for o in point] for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
-            return [Point(point, [o for o in point if last.get(o.partition("=")[0])]) for point in found]
+            return Sweep(True, [Point(point, [o for o in point if last.get(o.partition("=")[0])]) for point in found])
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     finally:

@@ -22,6 +22,7 @@ from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.tracker.jsonl import read_metrics
 
+ABLATION = "ablation.json"  # in a study's folder: how its arms are to be judged
 MEMBERS = "members.jsonl"  # in a study's folder: the runs it compares, wherever they lie
 PICTURE = "curves.png"  # beside it: the loss curves of its last sweep
 
@@ -131,7 +132,7 @@ def join_study(run: Run, config: Config, *, arm: str, settings: dict[str, str], 
     folder.mkdir(parents=True, exist_ok=True)
     settings = settings or {"name": re.sub(r",?seed=\d+", "", config.name)}
     line = {"identity": run.identity, "name": config.name, "arm": arm, "settings": settings, "seed": config.seed, "job": job}
-    line["time"] = time.time()
+    line |= {"label": config.arm, "time": time.time()}
     with (folder / MEMBERS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -143,6 +144,24 @@ def members(study: str) -> list[dict[str, Any]]:
         first = found.get(line["identity"], line)
         found[line["identity"]] = {**line, "job": first["job"], "time": first["time"]}
     return sorted(found.values(), key=lambda m: (m["time"] if m["job"] < 0 else 0, m["job"], m["time"]))
+
+
+def write_ablation(study: str, told: dict[str, Any]) -> None:
+    """Note how the study's arms are to be judged: which is the baseline, what difference is worth knowing, when it is looked at."""
+    folder = runs_root() / study
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{ABLATION}.part"
+    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / ABLATION)
+
+
+def read_ablation(study: str) -> dict[str, Any]:
+    """What `write_ablation` noted; empty where nothing was, or it is cut off."""
+    try:
+        found: dict[str, Any] = json.loads((runs_root() / study / ABLATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def all_runs() -> list[Run]:
@@ -203,7 +222,7 @@ def remove_run(run: Run) -> None:
     shutil.rmtree(folder)
     known = {r.identity for r in all_runs()}
     if not any(folder.parent.glob("*/config.json")) and not any(m["identity"] in known for m in members(folder.parent.name)):
-        for rest in (MEMBERS, PICTURE):  # the study compares nothing any more
+        for rest in (MEMBERS, ABLATION, PICTURE):  # the study compares nothing any more
             (folder.parent / rest).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something of the user's lies there
             folder.parent.rmdir()

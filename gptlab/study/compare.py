@@ -8,9 +8,10 @@ from typing import Any
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
-from gptlab.config.slots import SLOTS
-from gptlab.runner.run import Run, all_runs, find_study, members
-from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most, seeds_to_settle
+from gptlab.config.slots import word
+from gptlab.runner.run import Run, all_runs, find_study, members, read_ablation
+from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most
+from gptlab.study.verdict import EFFECT, Verdict, judge
 
 METRIC, ACCURACY = "val/loss", "val/accuracy"
 
@@ -39,9 +40,8 @@ class Row:
     baseline: bool
     seeds: list[int]
     loss: Interval
-    difference: Interval | None  # against the baseline, on the seeds both have
+    verdict: Verdict | None  # against the baseline, on the seeds both have; None of the baseline
     pairing_gain: float | None  # unpaired over paired standard deviation of the difference
-    seeds_to_settle: int | None
     parameters: int
     steps: float
     tokens: float
@@ -52,10 +52,15 @@ class Row:
     p_target: float | None  # one-sided, that the mean loss is above the comparison's target
     extra: dict[str, float]  # whatever else was measured at the end, mean of the seeds
 
+    @property
+    def difference(self) -> Interval | None:
+        """Of the mean loss, with its 95 % interval."""
+        return self.verdict.interval if self.verdict else None
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A study's verdictless table: what was measured, and what stands in the way of comparing it."""
+    """A study's table: what was measured, the verdict on each arm, and what stands in the way of comparing it."""
 
     study: str
     metric: str
@@ -64,8 +69,9 @@ class Comparison:
     target: float | None = None  # a loss to be reached, as a speed run has one
 
     def to_json(self) -> dict[str, Any]:
-        rows = [asdict(r) for r in self.rows]
-        return {"version": 1, "study": self.study, "metric": self.metric, "target": self.target, "rows": rows, "notes": self.notes}
+        rows = [asdict(r) | {"verdict_text": r.verdict.sentence if r.verdict else None, "difference": r.difference and asdict(r.difference)}
+                for r in self.rows]  # fmt: skip
+        return {"version": 2, "study": self.study, "metric": self.metric, "target": self.target, "rows": rows, "notes": self.notes}
 
 
 def collect(study: str) -> tuple[list[Arm], list[str]]:
@@ -78,6 +84,7 @@ def collect(study: str) -> tuple[list[Arm], list[str]]:
         run = by_identity.get(member["identity"])
         settings = {k: v for k, v in member["settings"].items() if not _is_seed(k)}
         arm = arms.setdefault(member["arm"], Arm(member["arm"], "", settings))
+        arm.label = member.get("label") or arm.label  # as it is called now, whatever it was called before
         done = run.read("done.json") if run else None
         if run is None or done is None:
             left_out[run.state if run else "removed"] += 1
@@ -97,10 +104,11 @@ def _is_seed(key: str) -> bool:
 def _label(arms: list[Arm]) -> None:
     """Name each arm by what its settings do not share with every other arm; one without any is the base."""
     shared = set.intersection(*(set(a.settings.items()) for a in arms)) if arms else set()
-    for arm in arms:
-        arm.label = " ".join(_word(k, v) for k, v in arm.settings.items() if (k, v) not in shared).strip() or "base"
+    unnamed = [a for a in arms if not a.label]
+    for arm in unnamed:
+        arm.label = " ".join(word(k, v) for k, v in arm.settings.items() if (k, v) not in shared).strip() or "base"
     labels = [a.label for a in arms]
-    for arm in arms:  # `none` for a gate and `none` for a value
+    for arm in unnamed:  # `none` for a gate and `none` for a value
         if labels.count(arm.label) > 1 and arm.label != "base":
             arm.label = " ".join(f"{k.rpartition('/')[2]}={v}" for k, v in arm.settings.items() if (k, v) not in shared)
     labels = [a.label for a in arms]
@@ -109,15 +117,11 @@ def _label(arms: list[Arm]) -> None:
             arm.label = f"{arm.label} ({arm.key[:4]})"
 
 
-def _word(key: str, value: str) -> str:
-    """A component or recipe speaks for itself (`rmsnorm`); a value needs its key (`learning_rate=0.01`)."""
-    return value if key in SLOTS or key in ("model", "data", "hardware", "experiment", "name") else f"{key.rpartition('.')[2]}={value}"
-
-
-def compare(study: str, *, baseline: str | None = None, target: float | None = None) -> Comparison:
+def compare(study: str, *, baseline: str | None = None, target: float | None = None, effect: float | None = None) -> Comparison:
     """Compare a study's arms on the held-out loss of their last step. The baseline is the first arm unless one is named.
 
-    With a `target`, each arm is also tested on whether its mean over the seeds is at most that.
+    With a `target`, each arm is also tested on whether its mean over the seeds is at most that. `effect`: the smallest difference worth
+    knowing; unless given, what the study was launched with.
 
     Raises ConfigError when the study is unknown or has no finished run, the baseline is not an arm, or the arms were not
     measured on the same tokens.
@@ -125,10 +129,15 @@ def compare(study: str, *, baseline: str | None = None, target: float | None = N
     arms, notes = collect(study)
     if not arms:
         raise ConfigError(f"study {study!r} has no finished run yet" + (f" ({'; '.join(notes)})" if notes else ""))
-    base = _baseline(arms, baseline)
+    told = read_ablation(study)
+    if effect is not None and not effect > 0:
+        raise ConfigError(f"--effect {effect:g} must be above 0: it is the smallest difference of {METRIC} worth knowing")
+    base = _baseline(arms, baseline or (told.get("baseline") if any(a.label == told.get("baseline") for a in arms) else None))
     notes += _comparable(arms)
     ordered = [base, *(a for a in arms if a is not base)]
-    return Comparison(study, METRIC, [_row(a, base, target) for a in ordered], notes, target)
+    losses = {a.key: {seed: float(s[METRIC]) for seed, s in a.summaries.items() if METRIC in s} for a in ordered}
+    verdicts = judge(losses, base.key, effect=effect or float(told.get("effect", EFFECT)), looks=told.get("looks", ()))
+    return Comparison(study, METRIC, [_row(a, base, losses, verdicts.get(a.key), target) for a in ordered], notes, target)
 
 
 def _baseline(arms: list[Arm], named: str | None) -> Arm:
@@ -141,9 +150,8 @@ def _baseline(arms: list[Arm], named: str | None) -> Arm:
     raise ConfigError(f"--baseline {named!r} is not an arm{suggest(named, labels)}; there are: {'; '.join(labels)}")
 
 
-def _row(arm: Arm, base: Arm, target: float | None) -> Row:
-    losses = {seed: float(s[METRIC]) for seed, s in arm.summaries.items() if METRIC in s}
-    base_losses = {seed: float(s[METRIC]) for seed, s in base.summaries.items() if METRIC in s}
+def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Verdict | None, target: float | None) -> Row:
+    losses, base_losses = measured[arm.key], measured[base.key]
     paired = sorted(losses.keys() & base_losses.keys())
     differences = [losses[s] - base_losses[s] for s in paired]
     gain = None
@@ -156,9 +164,8 @@ def _row(arm: Arm, base: Arm, target: float | None) -> Row:
         baseline=arm is base,
         seeds=sorted(arm.runs),
         loss=mean_interval(list(losses.values())),
-        difference=mean_interval(differences) if arm is not base and differences else None,
+        verdict=verdict,
         pairing_gain=gain,
-        seeds_to_settle=seeds_to_settle(differences) if arm is not base else None,
         parameters=int(arm.mean("parameters") or 0),
         steps=arm.mean("step") or 0.0,
         tokens=arm.mean("tokens") or 0.0,

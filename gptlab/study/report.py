@@ -16,7 +16,9 @@ from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import curve
 
-HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "parameters", "tokens/s")
+HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "verdict", "parameters", "tokens/s")
+_WORDS = {"better": "better", "worse": "worse", "same": "no difference", "undecided": "undecided", "none": "none"}
+_COLOURS_OF = {"better": "green", "worse": "red", "same": "cyan"}
 
 
 def headers(comparison: Comparison) -> tuple[str, ...]:
@@ -28,7 +30,8 @@ def headers(comparison: Comparison) -> tuple[str, ...]:
     if lengths:
         lengths.append("seconds")
     last = ACCURACY if any(ACCURACY in row.extra for row in rows) else HEADERS[-1]
-    middle = HEADERS[2:-1] if not lengths or len({row.parameters for row in rows}) > 1 else HEADERS[2:-2]
+    middle: tuple[str, ...] = HEADERS[2:-1] if not lengths or len({row.parameters for row in rows}) > 1 else HEADERS[2:-2]
+    middle = tuple(h for h in middle if h != "verdict" or len(rows) > 1)
     return (*HEADERS[:2], *lengths, *middle, last)  # of one model the parameters would only take the arms' names their place
 
 
@@ -39,6 +42,7 @@ def cells(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
         str(len(row.seeds)),
         f"{row.loss.mean:.4f}",
         "baseline" if row.baseline else difference(row.difference),
+        _WORDS[row.verdict.kind] if row.verdict else "",
         f"{row.parameters:,}",
         f"{row.tokens_per_second:,.0f}",
     )
@@ -70,9 +74,10 @@ def table(comparison: Comparison) -> Table:
         shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0, min_width=16 if i == 0 else None)
     for row in comparison.rows:
         values: list[str | Text] = list(cells(row, columns))
-        if row.difference and row.difference.excludes_zero:
-            place = columns.index(HEADERS[3])
-            values[place] = Text(str(values[place]), style="green" if row.difference.mean < 0 else "red")
+        if row.verdict and row.verdict.kind in _COLOURS_OF:
+            for name in HEADERS[3:5]:
+                place = columns.index(name)
+                values[place] = Text(str(values[place]), style=_COLOURS_OF[row.verdict.kind])
         shown.add_row(*values)
     return shown
 
@@ -105,14 +110,25 @@ def remarks(comparison: Comparison) -> list[str]:
     """What the table does not say: which arms are undecided and what pairing gained."""
     found = [_against_target(row, comparison.target) for row in comparison.rows if comparison.target is not None]
     for row in comparison.rows:
-        if row.difference is not None and row.difference.half is not None and not row.difference.excludes_zero:
-            more = f"about {row.seeds_to_settle} seeds would settle it" if row.seeds_to_settle else "over 1,000 seeds would be needed"
-            found.append(f"{row.label}: no difference beyond ± {row.difference.half:.4f}; {more}")
+        if row.verdict is not None:
+            drawn = f"; by bootstrap {row.verdict.bootstrap[0]:+.4f} to {row.verdict.bootstrap[1]:+.4f}" if row.verdict.bootstrap else ""
+            found.append(f"{row.label}: {row.verdict.sentence}{drawn}")
+    found += _method(comparison)
     gains = [row.pairing_gain for row in comparison.rows if row.pairing_gain]
     if gains:
         times = f"{min(gains):.1f}" if len(gains) == 1 else f"{min(gains):.1f} to {max(gains):.1f}"
         found.append(f"pairing by seed: the spread of the differences is {times} times smaller than unpaired")
     return found + comparison.notes
+
+
+def _method(comparison: Comparison) -> list[str]:
+    """How the verdicts were reached."""
+    verdicts = [row.verdict for row in comparison.rows if row.verdict is not None and row.verdict.p is not None]
+    if not verdicts:
+        return []
+    methods = " and ".join(dict.fromkeys(v.method for v in verdicts))
+    many = f"; p corrected for {len(verdicts)} arms (Holm)" if len(verdicts) > 1 else ""
+    return [f"verdicts: {methods} over seeds, 5 % false{many}; the smallest difference worth knowing is {verdicts[0].effect:g}"]
 
 
 def _against_target(row: Row, target: float) -> str:
