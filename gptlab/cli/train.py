@@ -189,7 +189,9 @@ def task(composed: DictConfig) -> None:
     state: dict[str, Any] = {"sweep": sweep, "job": number, "title": title, "study": str(composed.study)}
     try:
         config = _side_by_side(compose.to_config(composed, overrides), job.launcher.get("n_jobs"))
-        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (title if config.arm else config.name or title)
+        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (
+            title if config.arm else config.name or title
+        )
         outcome = train_run(config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number)
     except GptlabError as error:
         stopped = isinstance(error, Stopped)

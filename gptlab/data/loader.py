@@ -140,14 +140,7 @@ def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int,
 
     Only the last window may be shorter than `context`; it comes in a batch of its own.
     """
-    targets = len(stream) - 1
-    if targets < 1:
-        raise DataError(f"a validation set has {len(stream)} tokens; it needs at least 2")
-    scored = min(limit, targets) if limit else targets
-    full, rest = divmod(scored, context)  # windows of `context` targets, and a shorter one
-    windows = full + (rest > 0)
-    room = -(-targets // context)
-    starts = np.arange(windows, dtype=np.int64) * room // windows * context
+    starts, full, rest = _evaluation_windows(stream, context, limit)
 
     def fetched(starts: np.typing.NDArray[np.int64], length: int) -> Batch:
         document = stream.documents(starts, length) if documents else None
@@ -157,6 +150,27 @@ def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int,
         yield fetched(starts[i : min(i + rows, full)], context)
     if rest:
         yield fetched(starts[-1:], rest)
+
+
+def _evaluation_windows(stream: TokenStream, context: int, limit: int) -> tuple[np.typing.NDArray[np.int64], int, int]:
+    """Where each window begins, how many have `context` targets, and how many targets a shorter one behind them has."""
+    targets = len(stream) - 1
+    if targets < 1:
+        raise DataError(f"a validation set has {len(stream)} tokens; it needs at least 2")
+    scored = min(limit, targets) if limit else targets
+    full, rest = divmod(scored, context)
+    windows = full + (rest > 0)
+    room = -(-targets // context)
+    return np.arange(windows, dtype=np.int64) * room // windows * context, full, rest
+
+
+def held_out_documents(data: Prepared, name: str, context: int, limit: int) -> np.typing.NDArray[np.int64]:
+    """(rows,): of each row of `held_out_batches`, the number of the document that it begins in; of a task its own."""
+    if data.task is not None:
+        return np.arange(-(-limit // context) if limit else TASK_ROWS)
+    stream = data.stream(name)
+    starts, _, _ = _evaluation_windows(stream, context, limit)
+    return np.searchsorted(stream.document_starts(), starts, side="right")
 
 
 def held_out_batches(data: Prepared, name: str, context: int, limit: int, rows: int, *, documents: bool = False) -> Iterator[Batch]:

@@ -16,7 +16,8 @@ from gptlab.generate.sampling import generate
 from gptlab.hardware.device import peak_flops, peak_memory, synchronise
 from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
-from gptlab.runner.validation import measure
+from gptlab.runner.held_out import write_rows
+from gptlab.runner.validation import measure, measured_sets, metrics_of
 from gptlab.tracker.protocol import Metrics
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class Evaluation(Callback):
         self._measured = trainer.state.step
         averages = trainer.averages
         with averages.using("default"):
-            found = measure(trainer.model, trainer.data, trainer.config, trainer.world)
+            sets = measured_sets(trainer.model, trainer.data, trainer.config, trainer.world)
+        found = metrics_of(sets)
+        if trainer.finished and trainer.world.first:
+            write_rows(trainer.run, sets["val"].rows)
         if averages.beside:
             with averages.using("average"):
                 average = measure(trainer.model, trainer.data, trainer.config, trainer.world)

@@ -11,6 +11,7 @@ from gptlab.config.registry import suggest
 from gptlab.config.slots import word
 from gptlab.runner.run import Run, all_runs, find_study, members, read_ablation
 from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most
+from gptlab.study.text import TextInterval, text_interval
 from gptlab.study.verdict import EFFECT, Verdict, judge
 
 METRIC, ACCURACY = "val/loss", "val/accuracy"
@@ -41,6 +42,7 @@ class Row:
     seeds: list[int]
     loss: Interval
     verdict: Verdict | None  # against the baseline, on the seeds both have; None of the baseline
+    text: TextInterval | None  # of the difference, over the documents of the held-out set
     pairing_gain: float | None  # unpaired over paired standard deviation of the difference
     parameters: int
     steps: float
@@ -165,6 +167,7 @@ def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Ve
         seeds=sorted(arm.runs),
         loss=mean_interval(list(losses.values())),
         verdict=verdict,
+        text=text_interval(arm.runs, base.runs) if arm is not base else None,
         pairing_gain=gain,
         parameters=int(arm.mean("parameters") or 0),
         steps=arm.mean("step") or 0.0,

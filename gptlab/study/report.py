@@ -112,7 +112,9 @@ def remarks(comparison: Comparison) -> list[str]:
     for row in comparison.rows:
         if row.verdict is not None:
             drawn = f"; by bootstrap {row.verdict.bootstrap[0]:+.4f} to {row.verdict.bootstrap[1]:+.4f}" if row.verdict.bootstrap else ""
-            found.append(f"{row.label}: {row.verdict.sentence}{drawn}")
+            over = row.text
+            text = f"; over {over.units} {over.kind} of the text {over.low:+.4f} to {over.high:+.4f}" if over else ""
+            found.append(f"{row.label}: {row.verdict.sentence}{drawn}{text}")
     found += _method(comparison)
     gains = [row.pairing_gain for row in comparison.rows if row.pairing_gain]
     if gains:

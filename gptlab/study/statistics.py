@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special  # type: ignore[import-untyped]
+from scipy import special
 
 CONFIDENCE = 0.95
 MOST_SEEDS = 1000  # beyond which nobody trains on

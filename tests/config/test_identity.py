@@ -27,7 +27,7 @@ GOLDEN = {
 }
 
 # Written out here and not taken from schema.NOT_IDENTITY: what leaves the identity leaves it on purpose, and in two places.
-FREE = ("model.dial", "hardware.device", "hardware.strategy", "hardware.checkpointing", "objective.chunk",
+FREE = ("arm", "model.dial", "hardware.device", "hardware.strategy", "hardware.checkpointing", "objective.chunk",
         "hardware.threads", "hardware.micro_batch", "data.corpus", "data.tokenizer",
         "data.validation_fraction", "data.validation", "data.filter", "tracker", "trainer.log_every",
         "trainer.on_nonfinite", "trainer.max_passed",
