@@ -45,6 +45,18 @@ def gpt2(depth: int, *, std: float = 0.02) -> Init:
     return draw
 
 
+@register("model/init", "gpt2_nudged")
+def gpt2_nudged(depth: int, *, std: float = 0.02, nudge: float = 1e-6) -> Init:
+    """gpt2's weights times (1 + nudge x noise): an arm without a difference, to see what a verdict makes of chance alone."""
+    plain = gpt2(depth, std=std)
+
+    def draw(spec: Spec, generator: torch.Generator) -> Tensor:
+        value = plain(spec, generator)
+        return value * (1 + nudge * torch.randn(spec.shape, generator=generator))
+
+    return draw
+
+
 @register("model/init", "zero_output")
 def zero_output(width: int, *, std: float = 0.02) -> Init:
     """Matrices at 1/sqrt(width), what writes to the residual stream and an untied head at zero: every block starts as the identity."""

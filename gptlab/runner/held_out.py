@@ -20,7 +20,8 @@ HELD_OUT = "held_out.safetensors"
 def write_rows(run: Run, rows: Rows) -> None:
     """Write the rows of the set `val`, whole or not at all."""
     partial = run.directory / f".{HELD_OUT}.part"
-    partial.write_bytes(save({"nats": rows.nats, "tokens": rows.tokens, "document": rows.document}))
+    columns = {"nats": rows.nats, "tokens": rows.tokens, "document": rows.document}
+    partial.write_bytes(save({name: np.ascontiguousarray(column) for name, column in columns.items()}))  # it writes memory as it lies
     os.replace(partial, run.directory / HELD_OUT)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from gptlab.tracker.console import console
 from gptlab.tracker.jsonl import read_metrics
 
 REFRESH = 2.0  # times a second
-_TAIL = 4096  # bytes of a metrics file in which its last line lies
+_TAIL = 4096  # bytes at the end of a metrics file that are looked at
 _QUIET = "GPTLAB_QUIET"
 
 
@@ -124,22 +125,22 @@ def _read(seen: _Seen) -> None:
             seen.state = "running"
             budget = parse_budget(str(config["trainer"]["budget"]))
             seen.steps = int(budget.amount) if budget.unit == "steps" and not budget.beyond else 0
-    line = _last_line(run.metrics_file)
-    if line:
-        seen.state, seen.step, seen.loss = "running", int(line.get("step", 0)), line.get("train/loss", seen.loss)
+    newest = _newest(run.metrics_file)
+    if newest:
+        seen.state, seen.step, seen.loss = "running", int(newest.get("step", 0)), newest.get("train/loss", seen.loss)
 
 
-def _last_line(file: Path) -> dict[str, Any]:
+def _newest(file: Path) -> dict[str, Any]:
+    """The newest value of everything that the end of a metrics file tells."""
     try:
         with file.open("rb") as opened:
             opened.seek(max(0, file.stat().st_size - _TAIL))
             lines = opened.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return {}
-    for line in reversed(lines):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        return found
-    return {}
+    found: dict[str, Any] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut off, at the beginning or while it is written
+            told = json.loads(line)
+            found |= told if isinstance(told, dict) else {}
+    return found

@@ -1,0 +1,169 @@
+"""`gptlab ablate`: the plan, the runs, the verdict, and that nothing is trained twice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptlab import compose
+from gptlab.config.registry import build, component
+from gptlab.model.init import Spec
+from gptlab.runner import forecast as forecasting
+from gptlab.runner.held_out import read_rows
+from gptlab.runner.run import all_runs, members, read_ablation
+from gptlab.study.compare import compare
+from gptlab.study.live import LiveTable
+from tests.cli.conftest import Command
+from tests.tiny import tiny
+
+ablate = importlib.import_module("gptlab.cli.ablate")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "FORECAST_SECONDS", 0.5)
+    monkeypatch.setattr(forecasting, "MOST_STEPS", 3)
+
+
+NORMS = ("--vary", "model/norm=layernorm,rmsnorm")
+
+
+def test_an_ablation_is_planned_trained_judged_and_goes_on_with_more_seeds(gptlab: Command, corpus_file: Path) -> None:
+    arguments = [*tiny(corpus_file, steps=4), *NORMS, "--arm", "modern=model/norm=rmsnorm model/position=rotary", "--effect", "0.5"]
+    plan = gptlab("ablate", *arguments, "--seeds", "2", "--dry-run")
+    assert plan.code == 0, plan.err
+    assert "norm_x_modern: 3 arms, 2 seeds each, 6 runs to train, about " in plan.out
+    assert "modern: model/norm layernorm → rmsnorm; model/position learned → rotary" in plan.out
+    assert not all_runs()
+
+    first = gptlab("ablate", *arguments, "--seeds", "2")
+    assert first.code == 0, first.err
+    assert "6 runs: 6 trained, 0 skipped, 0 failed" in first.out
+    assert "1/6 layernorm, seed 0" in first.out
+    assert "verdicts: block model over seeds, 5 % false; p corrected for 2 arms (Holm)" in first.out
+    assert read_ablation("norm_x_modern")["effect"] == 0.5
+    assert read_ablation("norm_x_modern")["planned"]["modern"]["same_weights"] > 0.5
+    assert {m["label"] for m in members("norm_x_modern")} == {"layernorm", "rmsnorm", "modern"}
+    assert {r.name for r in all_runs()} >= {"modern,seed=1", "layernorm,seed=0"}
+
+    more = gptlab("ablate", *arguments, "--seeds", "3")
+    assert "6 runs: " not in more.out
+    assert "9 runs: 3 trained, 6 skipped, 0 failed" in more.out
+    found = compare("norm_x_modern")
+    assert [(r.label, r.seeds) for r in found.rows] == [("layernorm", [0, 1, 2]), ("rmsnorm", [0, 1, 2]), ("modern", [0, 1, 2])]
+    assert found.rows[1].text is not None
+    assert found.rows[1].text.low <= found.rows[1].verdict.interval.mean <= found.rows[1].text.high  # type: ignore[union-attr]
+    made = json.loads(gptlab("compare", "norm_x_modern", "--json", "--effect", "0.2").out)
+    assert made["rows"][2]["verdict"]["effect"] == 0.2
+    assert made["rows"][2]["verdict_text"]
+
+
+def test_the_baseline_of_another_study_is_not_trained_again(gptlab: Command, corpus_file: Path) -> None:
+    run = tiny(corpus_file, steps=4)
+    gptlab("ablate", *run, *NORMS, "--seeds", "2", "study=one")
+    again = gptlab("ablate", *run, "--vary", "model/position=learned,rotary", "--seeds", "2", "study=two", "--baseline", "rotary")
+    assert "4 runs: 2 trained, 2 skipped, 0 failed" in again.out
+    assert compare("two").rows[0].label == "rotary"
+
+
+def test_rows_of_the_held_out_set_add_up_to_its_loss(gptlab: Command, corpus_file: Path) -> None:
+    gptlab("train", *tiny(corpus_file, steps=4))
+    (run,) = all_runs()
+    rows = read_rows(run)
+    assert rows is not None
+    done = run.read("done.json")
+    assert done is not None
+    assert rows["nats"].sum() / rows["tokens"].sum() == pytest.approx(done["summary"]["val/loss"], rel=1e-12)
+    (run.directory / "held_out.safetensors").write_bytes(b"cut")
+    assert read_rows(run) is None
+
+
+def test_seeds_are_added_until_every_arm_is_decided(gptlab: Command, corpus_file: Path) -> None:
+    run = tiny(corpus_file, steps=6)
+    clear = gptlab("ablate", *run, "--vary", "optimizer.learning_rate=1e-3,1e-1", "--until-decided", "8", "--seeds", "3")
+    assert clear.code == 0, clear.err
+    assert "looked at after 3, 4, 6, 8 seeds, and ended as soon as every arm is decided" in clear.out
+    assert "sequential t over seeds" in clear.out
+    (row,) = compare("learning_rate").rows[1:]
+    assert row.verdict is not None
+    assert row.verdict.kind in ("better", "worse")
+    assert len(row.seeds) < 8
+    open_ = gptlab("ablate", *run, "--vary", "model/init=gpt2,gpt2_nudged", "--until-decided", "4", "--seeds", "3", "--effect", "1e-12")
+    assert "after 3 seeds undecided: gpt2_nudged; on to 4" in open_.out
+    assert len(compare("init").rows[1].seeds) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--vary", "model/norm=layernorm,rmsnrom"), "did you mean rmsnorm?"),
+        (("--vary", "model/nrom=layernorm,rmsnorm"), "did you mean model/norm?"),
+        (("--vary", "model.wdith=16,32"), "did you mean model.width?"),
+        ((*NORMS, "--baseline", "rmsnrm"), "--baseline 'rmsnrm' is not an arm (did you mean rmsnorm?); there are: layernorm; rmsnorm"),
+        ((*NORMS, "--seeds", "0"), "--seeds 0 must be at least 1"),
+        ((*NORMS, "--effect", "-1"), "--effect -1 must be above 0"),
+        ((*NORMS, "--design", "gird"), "--design gird is not one of grid, single, ladder (did you mean grid?)"),
+        ((*NORMS, "--until-decided", "2"), "give the most seeds (at least 4), or the most time, as in 2h"),
+        ((*NORMS, "--until-decided", "soon"), "--until-decided soon: give the most seeds, as in 24, or the most time, as in 2h or 30min"),
+        ((*NORMS, "--arm", "twin=model/norm=rmsnorm"), "the arms 'rmsnorm' and 'twin' are the same config"),
+        ((), "nothing is varied"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_trains_nothing(gptlab: Command, corpus_file: Path, arguments: tuple[str, ...], said: str) -> None:
+    result = gptlab("ablate", *tiny(corpus_file, steps=4), *arguments)
+    assert result.code == 2
+    assert said in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not all_runs()
+
+
+def test_one_seed_shows_a_difference_and_gives_no_verdict(gptlab: Command, corpus_file: Path) -> None:
+    result = gptlab("ablate", *tiny(corpus_file, steps=4), *NORMS, "--seeds", "1")
+    assert "one seed shows a difference and gives no verdict: --seeds 5" in result.out
+    assert "with one seed: no verdict" in result.out
+
+
+def test_an_experiment_file_may_hold_the_arms(gptlab: Command, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(
+        "defaults:\n  - override /hydra/sweeper: arms\nstudy: mine\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    design: ladder\n    seeds: 2\n"
+        "    vary: {model/norm: 'layernorm,rmsnorm'}\n    arms: {rotary: model/position=rotary}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    result = gptlab("train", "experiment=mine", *tiny(corpus_file, steps=4))
+    assert result.code == 0, result.err
+    assert [r.label for r in compare("mine").rows] == ["base", "+ rmsnorm", "+ rotary"]
+    assert read_ablation("mine")["baseline"] == "base"
+    more = gptlab("ablate", "experiment=mine", *tiny(corpus_file, steps=4), "--seeds", "3")
+    assert "9 runs: 3 trained, 6 skipped, 0 failed" in more.out
+
+
+def test_the_live_table_tells_what_each_arm_does(gptlab: Command, corpus_file: Path) -> None:
+    gptlab("ablate", *tiny(corpus_file, steps=4), *NORMS, "--seeds", "2", "study=s")
+    done = next(r for r in all_runs() if r.name == "rmsnorm,seed=1")
+    table = LiveTable("s", ["layernorm", "rmsnorm", "later"], [0, 1])
+    (done.directory / "done.json").unlink()
+    shown = table.render()
+    cells = [list(column.cells) for column in shown.columns]
+    assert cells[0] == ["layernorm", "rmsnorm", "later"]
+    assert cells[1] == ["2/2", "1/2", "0/2"]
+    assert cells[2][1].startswith("seed 1: step 4/4, loss ")
+    assert cells[2][2] == "waiting"
+    assert "3 of 6 runs done, about " in str(shown.title)
+
+
+def test_a_nudged_arm_begins_a_rounding_away() -> None:
+    spec = Spec("blocks.0.ffn.up.weight", "matrix", (64, 64), False)
+    one, two = (
+        build(component("model/init", name).options(), width=64, depth=2)(spec, torch.Generator().manual_seed(1))
+        for name in ("gpt2", "gpt2_nudged")
+    )
+    assert not torch.equal(one, two)
+    assert float(((two - one) / one).abs().max()) < 1e-5
+    assert compose(["model/init=gpt2_nudged"]).model.init.nudge == 1e-6  # type: ignore[attr-defined]
