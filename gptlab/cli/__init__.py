@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
+from gptlab.cli.commands import bench_app, data_app
 from gptlab.config.errors import GptlabError
 
 app = typer.Typer(
@@ -19,35 +21,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 runs_app = typer.Typer(help="List, show, check, fetch and delete runs.", no_args_is_help=True)
-bench_app = typer.Typer(help="Time gptlab on this machine.", no_args_is_help=True)
 components_app = typer.Typer(help="List the components; check one of your own.", invoke_without_command=True)
-data_app = typer.Typer(help="Prepare data ahead of training; look at it.", no_args_is_help=True)
-tokenizer_app = typer.Typer(help="Train tokenisers; compare them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-data_app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(runs_app, name="runs")
 app.add_typer(bench_app, name="bench")
 app.add_typer(components_app, name="components")
-
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A directory, an identity, a unique prefix, or `latest`.")]
-
-CheckpointOption = Annotated[str, typer.Option(help="latest, best, a step or a checkpoint's folder.", metavar="WHICH")]
-WeightsOption = Annotated[
-    str, typer.Option(help="trained, average (of callback=ema or optimizer=schedule_free), or what the run is used with.", metavar="WHICH")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
-
-
-def _complete_overrides(context: typer.Context, incomplete: str) -> list[str]:
-    from gptlab.cli import completion
-
-    return completion.complete(incomplete)
-
-
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[OVERRIDE]…", help="As for train: data=NAME, data.corpus.path=FILE, …", autocompletion=_complete_overrides),
-]
 
 
 def _version(asked: bool) -> None:
@@ -77,7 +55,7 @@ def options(
 )
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[OVERRIDE]…", help="Hydra overrides and options.", autocompletion=_complete_overrides)
+        list[str] | None, typer.Argument(metavar="[OVERRIDE]…", help="Hydra overrides and options.", autocompletion=complete_overrides)
     ] = None,
 ) -> None:
     """Compose a config with Hydra overrides and train it; -m sweeps; --help lists everything."""
@@ -94,7 +72,7 @@ def train(
 def plan(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OVERRIDE]…", help="As for train; a sweep too.", autocompletion=_complete_overrides),
+        typer.Argument(metavar="[OVERRIDE]…", help="As for train; a sweep too.", autocompletion=complete_overrides),
     ] = None,
     card: Annotated[str | None, typer.Option(help="Plan for this GPU and not for this machine: A100 40GB, H100, …", metavar="NAME")] = None,
     mfu: Annotated[float, typer.Option(help="Of a card: the share of its peak that training reaches.")] = 0.4,
@@ -127,6 +105,16 @@ def ablate(
     until_decided: Annotated[
         str | None, typer.Option(help="Add seeds until every arm is decided: at most so many, or for so long (24, 2h).", metavar="MOST")
     ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Train the arms to equal budgets too: tokens,flops,seconds; a verdict for each.", metavar="UNIT,…")
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Widen or narrow each arm's feed-forward to the baseline's params, flops or seconds.", metavar="WHAT")
+    ] = None,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="Give each arm its own best of these, on other seeds: optimizer.learning_rate=3e-4,1e-3.", metavar="KEY=VALUE,…"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they will take; train nothing.")] = False,
 ) -> None:
     """Train the arms of an ablation over several seeds, and give the verdict on each."""
@@ -141,6 +129,9 @@ def ablate(
         baseline=baseline,
         effect=effect,
         until_decided=until_decided,
+        budgets=budgets,
+        match=match,
+        tune=tune,
         dry_run=dry_run,
     )
     raise typer.Exit(code)
@@ -276,129 +267,6 @@ def export(
     from gptlab.cli.runs import export as write
 
     write(run, to=to, output=output, which=checkpoint, weights=weights, dtype=dtype, force=force)
-
-
-@bench_app.command("train")
-def bench_train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[OVERRIDE]…",
-            help="As for train: optimizer=muon, hardware.compile=true, experiment=NAME, …",
-            autocompletion=_complete_overrides,
-        ),
-    ] = None,
-    against: Annotated[Path | None, typer.Option(help="A nanoGPT checkout to time in turn.", metavar="FOLDER")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The recipe to time: nano (unless named) or char for a nanoGPT setting.", show_default=False)
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 7,
-    as_json: JsonOption = False,
-) -> None:
-    """Time our training step, by phase and by operator, and that of a nanoGPT checkout in the same run."""
-    from gptlab.cli.bench import train as bench
-
-    bench(against, overrides=overrides or [], model=model, rounds=rounds, as_json=as_json)
-
-
-@bench_app.command("data")
-def bench_data(
-    text: Annotated[Path | None, typer.Option(help="The text to tokenise; Python's documentation unless named.", metavar="FILE")] = None,
-    megabytes: Annotated[int, typer.Option(help="How much of it; a shorter text is repeated.")] = 100,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 3,
-    as_json: JsonOption = False,
-) -> None:
-    """Time preparation beside the bare tokeniser, and the loader over two billion tokens."""
-    from gptlab.cli.bench_data import data as bench
-
-    bench(text, megabytes=megabytes, rounds=rounds, as_json=as_json)
-
-
-@bench_app.command("checkpoint")
-def bench_checkpoint(
-    model: Annotated[str, typer.Option(help="The recipe to time.")] = "gpt2",
-    rounds: Annotated[int, typer.Option(help="Checkpoints to write.", min=1)] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
-) -> None:
-    """Time what a checkpoint costs training, a resume a start, and the guards a step."""
-    from gptlab.cli.bench_checkpoint import checkpoint as bench
-
-    bench(model, rounds=rounds, as_json=as_json)
-
-
-@bench_app.command("coordinates")
-def bench_coordinates(
-    overrides: OverridesArgument = None,
-    widths: Annotated[str, typer.Option(help="The widths to train at; heads keep theirs.")] = "64,128,256,512",
-    steps: Annotated[int, typer.Option(help="Steps at each width.")] = 5,
-    seeds: Annotated[int, typer.Option(help="Seeds whose mean is taken.")] = 3,
-    as_json: JsonOption = False,
-) -> None:
-    """Show whether a model's parts move alike at every width, by muP and by the standard parametrisation."""
-    from gptlab.cli.bench_coordinates import coordinates as bench
-
-    bench(overrides or [], widths=widths, steps=steps, seeds=seeds, as_json=as_json)
-
-
-@data_app.command("prepare")
-def data_prepare(overrides: OverridesArgument = None) -> None:
-    """Tokenise a corpus into shards; go on with what was stopped."""
-    from gptlab.cli.data import prepare
-
-    prepare(overrides or [])
-
-
-@data_app.command("report")
-def data_report(
-    overrides: OverridesArgument = None,
-    documents: Annotated[int, typer.Option(help="Documents to show of each source.", min=0)] = 3,
-    rows: Annotated[int, typer.Option(help="Training rows to show.", min=0)] = 3,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a corpus holds: documents, lengths, duplicates, shares, leaks, rows as training sees them."""
-    from gptlab.cli.data import report
-
-    report(overrides or [], as_json=as_json, documents=documents, rows=rows)
-
-
-@data_app.command("show")
-def data_show(
-    run: RunArgument,
-    step: Annotated[int | None, typer.Option(help="A step of the run, from 1.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Or a batch, from 0: one that was passed over.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Its first rows alone; without it all.", min=1)] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with their ids.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the very documents that a step of a run is trained on."""
-    from gptlab.cli.data_show import show
-
-    show(run, step=step, batch=batch, rows=rows, tokens=tokens, as_json=as_json)
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    overrides: OverridesArgument = None,
-    out: Annotated[Path | None, typer.Option(help="Write it to this file; unless named, where data look for it.", metavar="FILE")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train data/tokenizer=bpe on a corpus."""
-    from gptlab.cli.data import tokenizer_train as run
-
-    run(overrides or [], out=out, as_json=as_json)
-
-
-@tokenizer_app.command("report")
-def tokenizer_report(
-    overrides: OverridesArgument = None,
-    compare: Annotated[str, typer.Option(help="Others to compare: gpt2,cl100k,byte or files of `tokenizer train`.")] = "",
-    show: Annotated[str, typer.Option(help="A text to show in tokens.")] = "",
-    as_json: JsonOption = False,
-) -> None:
-    """Measure a tokeniser on a corpus, beside others."""
-    from gptlab.cli.data import tokenizer_report as run
-
-    run(overrides or [], compare=compare, show=show, as_json=as_json)
 
 
 def main() -> None:

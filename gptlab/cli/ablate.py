@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from gptlab.cli.equal import at_equal, parse_units
+from gptlab.cli.match import KEY, check_kind, matched
 from gptlab.cli.plan import duration
 from gptlab.cli.train import train
+from gptlab.cli.tune import parse_tune, tuned
 from gptlab.config import codec
 from gptlab.config.arms import Arm, axis, named
 from gptlab.config.compose import compose
@@ -19,15 +24,15 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import parse_duration, resolve
 from gptlab.config.schema import NOT_IDENTITY, Config
 from gptlab.config.slots import SLOTS
-from gptlab.config.sweep import Sweep, sweep
-from gptlab.config.sweeper import Study
+from gptlab.config.sweep import sweep
+from gptlab.config.sweeper import Study, dictionary, quoted
 from gptlab.data.prepare import prepare
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import machine, resident_memory
 from gptlab.model.transformer import count_parameters, meta_model, new_model
 from gptlab.runner import branch
 from gptlab.runner.forecast import forecast
-from gptlab.runner.run import read_ablation, run_of, write_ablation
+from gptlab.runner.run import all_runs, read_ablation, write_ablation
 from gptlab.study.compare import Comparison, compare
 from gptlab.study.report import show
 from gptlab.tracker.console import PreparationProgress, console, say
@@ -61,20 +66,33 @@ def ablate(
     baseline: str | None = None,
     effect: float | None = None,
     until_decided: str | None = None,
+    budgets: str | None = None,
+    match: str | None = None,
+    tune: str | None = None,
     dry_run: bool = False,
 ) -> int:
     """Run `gptlab ablate`; returns the exit code. Raises ConfigError."""
     given = _given(overrides, vary, arms, design, baseline, effect)
-    looks = _looks(until_decided, seeds)
-    asked, study = _asked([*given, *_seeds(looks[0] if looks else seeds)])
-    planned = _plan(study)
-    _show_plan(asked.name, study, planned, looks)
+    looks, units, tuning = _looks(until_decided, seeds), parse_units(budgets), parse_tune(tune)
+    check_kind(match)
+    asked = sweep([*given[1:], *_seeds(looks[0] if looks else seeds)], multirun=True)
+    assert asked.study is not None
+    study, name = asked.study, asked.name
+    with contextlib.ExitStack() as open_data:
+        data = _data(study, open_data)
+        if match:
+            study, resized = matched(study, match, data)
+            for arm in resized:
+                say(f"{arm.label}: {KEY} {arm.before:.4g} → {arm.after:.4g}, {arm.off:+.2%} off the baseline's {match}")
+        if tuning and not dry_run:
+            study = tuned(study, name, *tuning)
+        planned = _plan(study, data)
+    _show_plan(name, study, planned, looks)
     if dry_run:
         return 0
-    write_ablation(asked.name, _noted(read_ablation(asked.name), planned))
-    if not looks:
-        return train([*given, *_seeds(seeds)])
-    return _until_decided(given, asked.name, looks, _most_seconds(until_decided))
+    write_ablation(name, _noted(read_ablation(name), planned))
+    code = _until_decided(study, name, looks, _most_seconds(until_decided)) if looks else train(study.arguments(name))
+    return max(code, at_equal(study, name, units)) if units else code
 
 
 def _given(
@@ -84,13 +102,13 @@ def _given(
     axes, groups = dict(axis(text) for text in vary), dict(named(text) for text in arms)
     found = ["-m", "hydra/sweeper=arms"]
     if axes:
-        found.append(_dictionary("vary", {key: ",".join(values) for key, values in axes.items()}))
+        found.append(dictionary("vary", {key: ",".join(values) for key, values in axes.items()}))
     if groups:
-        found.append(_dictionary("arms", {name: " ".join(o) for name, o in groups.items()}))
+        found.append(dictionary("arms", {name: shlex.join(o) for name, o in groups.items()}))
     if design is not None:
         found.append(f"hydra.sweeper.design={design}")
     if baseline is not None:
-        found.append(f"hydra.sweeper.baseline={_quoted(baseline)}")
+        found.append(f"hydra.sweeper.baseline={quoted(baseline)}")
     if effect is not None:
         if not effect > 0:
             raise ConfigError(f"--effect {effect:g} must be above 0: it is the smallest difference of val/loss worth knowing")
@@ -101,14 +119,6 @@ def _given(
     return [*found, *overrides]
 
 
-def _dictionary(name: str, values: dict[str, str]) -> str:
-    return f"++hydra.sweeper.{name}={{{', '.join(f'{key}: {_quoted(value)}' for key, value in values.items())}}}"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def _seeds(seeds: int | None) -> list[str]:
     if seeds is None:
         return []
@@ -117,29 +127,29 @@ def _seeds(seeds: int | None) -> list[str]:
     return [f"hydra.sweeper.seeds={seeds}"]
 
 
-def _asked(arguments: Sequence[str]) -> tuple[Sweep, Study]:
-    asked = sweep([a for a in arguments if not a.startswith("-")], multirun=True)
-    assert asked.study is not None
-    return asked, asked.study
-
-
-def _plan(study: Study) -> list[Planned]:
-    """Every arm composed, resolved, and looked up among the runs that are there. Raises ConfigError for what cannot be composed."""
-    composed = [compose([*study.job(arm, study.seeds[0])]) for arm in study.arms]
-    data: dict[str, Prepared] = {}
+def _data(study: Study, open_data: contextlib.ExitStack) -> list[Prepared]:
+    """The text of each arm, prepared as training would. Raises ConfigError for an arm that cannot be composed."""
+    composed = [compose(study.job(arm, study.seeds[0])) for arm in study.arms]
+    _distinct(study, [branch.settle(resolve(config, machine()))[0] for config in composed])
+    found: dict[str, Prepared] = {}
     for config in composed:
         key = str(codec.encode(config.data))
-        if key not in data:
+        if key not in found:
             with PreparationProgress() as progress:
-                data[key] = prepare(config.data, report=progress.update, background=False)
+                found[key] = open_data.enter_context(contextlib.closing(prepare(config.data, report=progress.update, background=True)))
+    return [found[str(codec.encode(config.data))] for config in composed]
+
+
+def _plan(study: Study, data: Sequence[Prepared]) -> list[Planned]:
+    """Every arm resolved, looked up among the runs that are there, and forecast."""
+    composed = [compose(study.job(arm, study.seeds[0])) for arm in study.arms]
     process = resident_memory()
+    finished = {run.identity for run in all_runs() if (run.directory / "done.json").exists()}
     base = next((i for i, arm in enumerate(study.arms) if arm.label == study.options.baseline), 0)
     found = []
     resolved = [branch.settle(resolve(config, machine()))[0] for config in composed]
-    _distinct(study, resolved)
-    for arm, config, final in zip(study.arms, composed, resolved, strict=True):
-        text = data[str(codec.encode(config.data))]
-        done = sum(_is_done(replace(config, seed=seed), text) for seed in study.seeds)
+    for arm, config, final, text in zip(study.arms, composed, resolved, data, strict=True):
+        done = sum(_identity(replace(config, seed=seed), text) in finished for seed in study.seeds)
         missing = len(study.seeds) - done
         seconds = None
         if missing:
@@ -161,10 +171,9 @@ def _plan(study: Study) -> list[Planned]:
     return found
 
 
-def _is_done(config: Config, data: Prepared) -> bool:
+def _identity(config: Config, data: Prepared) -> str:
     final, _ = branch.settle(resolve(config, machine()))
-    run = run_of(final, codec.identity(final, data.hash, codec.outside_sources(final)))
-    return run.read("done.json") is not None
+    return codec.identity(final, data.hash, codec.outside_sources(final))
 
 
 def _distinct(study: Study, resolved: Sequence[Config]) -> None:
@@ -262,13 +271,12 @@ def _most_seconds(until_decided: str | None) -> float | None:
     return found
 
 
-def _until_decided(given: Sequence[str], name: str, looks: Sequence[int], most_seconds: float | None) -> int:
+def _until_decided(study: Study, name: str, looks: Sequence[int], most_seconds: float | None) -> int:
     """Add seeds look by look until every arm is decided, the last look is reached, or the next would take more than the time."""
-    planned_looks = f"hydra.sweeper.looks=[{','.join(map(str, looks))}]"
     spent = 0.0
     for number, look in enumerate(looks):
         before = _wall(name)
-        code = train([*given, planned_looks, *_seeds(look)], conclude=False)
+        code = train(study.arguments(name, seeds=range(study.seeds[0], study.seeds[0] + look), looks=looks), conclude=False)
         spent += _wall(name) - before
         found = compare(name)
         open_arms = undecided(found)

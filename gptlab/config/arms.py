@@ -29,22 +29,24 @@ class Arm:
     overrides: tuple[str, ...]
 
 
-def axis(text: str) -> tuple[str, list[str]]:
-    """`model/norm=layernorm,rmsnorm` as its key and values, in Hydra's own grammar. Raises ConfigError."""
+def axis(text: str, option: str = "--vary") -> tuple[str, list[str]]:
+    """`model/norm=layernorm,rmsnorm` as its key and values, in Hydra's own grammar; `option` gave it. Raises ConfigError."""
     if "=" not in text:
-        raise ConfigError(f"--vary {text} has no values: give KEY=VALUE,VALUE, as in model/norm=layernorm,rmsnorm")
+        example = "optimizer.learning_rate=3e-4,1e-3,3e-3" if option == "--tune" else "model/norm=layernorm,rmsnorm"
+        raise ConfigError(f"{option} {text} has no values: give KEY=VALUE,VALUE, as in {example}")
     parsed = _parsed([text])[0]
     key = str(parsed.get_key_element())
     if parsed.is_sweep_override():
         if not parsed.is_discrete_sweep():
-            raise ConfigError(f"--vary {text}: an ablation takes values one by one, as in {key}=1,2,3")
+            raise ConfigError(f"{option} {text}: an ablation takes values one by one, as in {key}=1,2,3")
         values = [str(v) for v in parsed.sweep_string_iterator()]
     else:
         values = [str(parsed.get_value_element_as_str())]
     if len(values) < 2:
-        raise ConfigError(f"--vary {text} has one value: give at least two, the baseline's first")
+        first = ", the baseline's first" if option == "--vary" else ""
+        raise ConfigError(f"{option} {text} has one value: give at least two{first}")
     if twice := next((v for v in values if values.count(v) > 1), None):
-        raise ConfigError(f"--vary {text} gives {twice} twice")
+        raise ConfigError(f"{option} {text} gives {twice} twice")
     return key, values
 
 

@@ -10,9 +10,11 @@ hydra:
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 
 # Hydra builds only what bears a name of this package, which is of plugins that are installed; ours is registered by hand.
+_GRAMMAR, _ESCAPED = re.compile(r"([=:,(){}\[\]])"), r"\\\1"  # of Hydra's dictionaries
 SEEDS = 3  # unless told otherwise
 _MODULE = "hydra_plugins.gptlab"
 
@@ -39,6 +42,7 @@ class ArmsConfig:
     vary: dict[str, str] = field(default_factory=dict)
     arms: dict[str, str] = field(default_factory=dict)
     design: str = GRID
+    exact: dict[str, str] = field(default_factory=dict)  # name to overrides: these arms alone, whatever the rest says
     params: dict[str, str] = field(default_factory=dict)  # as Hydra's own sweeper has them: axes too, and the list of seeds
     seeds: int = 0  # 0: those of params, else SEEDS
     first_seed: int = 0
@@ -61,7 +65,17 @@ class Study:
         return [self.job(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def job(self, arm: Arm, seed: int) -> list[str]:
-        return [*with_overrides(self.common, arm.overrides), f"seed={seed}", f"arm='{arm.label}'"]
+        return [*with_overrides(self.common, arm.overrides), f"seed={seed}", f"arm={quoted(arm.label)}"]
+
+    def arguments(self, name: str, *, arms: Sequence[Arm] = (), seeds: Sequence[int] = (), looks: Sequence[int] = ()) -> list[str]:
+        """The arguments of `gptlab train` that launch these very arms (unless told: all, with all seeds) as the study `name`."""
+        exact = {arm.label: shlex.join(arm.overrides) for arm in arms or self.arms}
+        options = [dictionary("exact", exact), f"hydra.sweeper.effect={self.options.effect}"]
+        options += [f"hydra.sweeper.baseline={quoted(self.options.baseline)}"] if self.options.baseline in exact else []
+        options += [f"hydra.sweeper.looks=[{','.join(map(str, looks))}]"] if looks else []
+        own = ("study=", "seed=", "hydra/sweeper", "hydra.sweeper")
+        common = [o for o in self.common if not o.lstrip("+").startswith(own)]
+        return ["-m", "hydra/sweeper=arms", *options, *common, f"study={name}", f"seed={','.join(map(str, seeds or self.seeds))}"]
 
 
 def study_of(sweeper: DictConfig, arguments: Sequence[str], parser: OverridesParser) -> Study:
@@ -92,12 +106,23 @@ def study_of(sweeper: DictConfig, arguments: Sequence[str], parser: OverridesPar
             common.append(str(override.input_line))
     if not seeds:
         raise ConfigError(f"hydra.sweeper.seeds={options.seeds}: an ablation needs at least one seed")
-    found = expand(vary, named, options.design)
+    found = [Arm(name, tuple(shlex.split(text))) for name, text in options.exact.items()] or expand(vary, named, options.design)
     labels = [arm.label for arm in found]
     if options.baseline and options.baseline not in labels:
         near = suggest(options.baseline, labels)
         raise ConfigError(f"--baseline {options.baseline!r} is not an arm{near}; there are: {'; '.join(labels)}")
     return Study(found, seeds, common, options)
+
+
+def dictionary(name: str, values: Mapping[str, str]) -> str:
+    """The override that gives a dictionary of this sweeper's its values, whatever characters these hold."""
+    inner = ", ".join(f"{_GRAMMAR.sub(_ESCAPED, key)}: {quoted(value)}" for key, value in values.items())
+    return f"++hydra.sweeper.{name}={{{inner}}}"
+
+
+def quoted(text: str) -> str:
+    """A text as a value in Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _values(override: str, parser: OverridesParser) -> list[str]:

@@ -24,6 +24,7 @@ from gptlab.config.schema import Config
 from gptlab.data.prepare import prepare
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.device import device_memory, is_out_of_memory, machine, peak_memory, restored
+from gptlab.hardware.load import OtherLoad
 from gptlab.hardware.world import ElsewhereFailed, World
 from gptlab.model.transformer import meta_model
 from gptlab.runner import branch, checkpoint
@@ -232,9 +233,9 @@ def _train(trainer: Trainer, title: str, origin: branch.Origin | None) -> Outcom
         metrics = last.enter_context(contextlib.closing(MetricsFile(run.metrics_file, trainer.state.step)))
         tracker.start(info)
         try:
-            with contextlib.closing(trainer.writer), RunProgress(title, trainer.steps) as progress:
+            with contextlib.closing(trainer.writer), RunProgress(title, trainer.steps) as progress, OtherLoad() as others:
                 trainer.train(metrics, tracker, progress)
-            summary = _summary(trainer)
+            summary = _summary(trainer) | others.metrics()
             code = 0
             run.write("done.json", {"summary": summary, "finished": now(), "source": source_hash()})
         except GptlabError as error:

@@ -182,7 +182,7 @@ def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Ve
 
 
 def _extra_names(arm: Arm) -> list[str]:
-    standard = ("train/", "memory/", "data/")
+    standard = ("train/", "memory/", "data/", "machine/")
     told = (METRIC, "val/bits_per_byte")  # the second is the first in another unit
     names = {n for s in arm.summaries.values() for n in s if "/" in n and n not in told and not n.startswith(standard)}
     return sorted(names)

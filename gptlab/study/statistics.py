@@ -106,6 +106,8 @@ def blocked(arms: Mapping[str, Mapping[int, float]], base: str) -> dict[str, Est
     Few seeds tell little of one arm's spread, and all arms together more. Empty where no degree of freedom is left.
     """
     names = [base, *(name for name in arms if name != base)]
+    if len(names) > 1 and len(arms[base]) > 1 and all(values.keys() == arms[base].keys() for values in arms.values()):
+        return _blocked_whole(names, np.array([[arms[name][s] for s in sorted(arms[base])] for name in names]))
     seeds = sorted({s for values in arms.values() for s in values if sum(s in v for v in arms.values()) > 1})
     cells = [(i, j) for i, name in enumerate(names) for j, seed in enumerate(seeds) if seed in arms[name]]
     design = np.zeros((len(cells), len(names) + len(seeds)))
@@ -127,6 +129,16 @@ def blocked(arms: Mapping[str, Mapping[int, float]], base: str) -> dict[str, Est
             variance = float(contrast @ inverse @ contrast) * residual
             found[name] = Estimate(float(contrast @ fitted), math.sqrt(max(variance, 0.0)), df, n, "block model")
     return found
+
+
+def _blocked_whole(names: Sequence[str], table: npt.NDArray[np.float64]) -> dict[str, Estimate]:
+    """The block model of a whole table (arms, seeds), the base first: what `blocked` solves for, in closed form."""
+    count, n = table.shape
+    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    df = (count - 1) * (n - 1)
+    error = math.sqrt(2 * float((residual**2).sum()) / df / n)
+    means = table.mean(1)
+    return {name: Estimate(float(means[i] - means[0]), error, df, n, "block model") for i, name in enumerate(names) if i}
 
 
 def variance_ratio_tails(ratio: float, df_above: float, df_below: float) -> tuple[float, float]:

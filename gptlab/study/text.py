@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from gptlab.runner.run import Run
 from gptlab.study.statistics import CONFIDENCE
 
 FEWEST_DOCUMENTS = 20  # with fewer, as with a single book, stretches of equal length are drawn instead
-STRETCHES = 40
+STRETCHES, MOST_UNITS = 40, 400
 RESAMPLES = 2_000
 
 
@@ -41,14 +42,22 @@ def text_interval(arm: Mapping[int, Run], base: Mapping[int, Run]) -> TextInterv
     nats, tokens = (np.bincount(unit, weights=values) for values in (difference, first["tokens"]))
     if len(nats) < 2:
         return None
-    drawn = np.random.default_rng(0).multinomial(len(nats), np.full(len(nats), 1 / len(nats)), size=RESAMPLES)
+    drawn = _draws(len(nats))
     low, high = np.quantile(drawn @ nats / np.maximum(drawn @ tokens, 1e-12), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return TextInterval(float(low), float(high), len(nats), kind)
+
+
+@functools.lru_cache(maxsize=4)
+def _draws(units: int) -> npt.NDArray[np.int64]:
+    """(RESAMPLES, units): how often each unit is drawn, the same for every arm."""
+    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
 
 
 def _units(document: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], str]:
     """Of each row the number of the unit that is drawn with it."""
     found, unit = np.unique(document, return_inverse=True)
+    if len(found) > MOST_UNITS:
+        return unit * MOST_UNITS // len(found), "groups of documents"
     if len(found) >= FEWEST_DOCUMENTS:
         return unit, "documents"
     count = min(STRETCHES, len(document))

@@ -97,9 +97,82 @@ def test_seeds_are_added_until_every_arm_is_decided(gptlab: Command, corpus_file
     assert len(compare("init").rows[1].seeds) == 4
 
 
+def test_arms_are_trained_to_equal_budgets_each_in_whole_schedules(
+    gptlab: Command, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*tiny(corpus_file, steps=6), "--vary", "model.width=16,32", "--seeds", "2", "study=w", "--budgets", "tokens,flops"]
+    result = gptlab("ablate", *arguments)
+    assert result.code == 0, result.err
+    wide = compare("w-flops").rows[1]
+    narrow = compare("w-flops").rows[0]
+    assert narrow.steps == 6
+    assert wide.flops / wide.steps > narrow.flops / narrow.steps
+    assert wide.steps == round(narrow.flops / (wide.flops / wide.steps))
+    assert wide.verdict is not None
+    assert "equal flops: width=16 6 steps, width=32 " in result.out
+    assert "4 runs: 2 trained, 2 skipped, 0 failed" in result.out, "the baseline is as long as it was: its runs are done"
+    assert "equal tokens" in result.out
+    assert all((r.read("config.json") or {})["config"]["trainer"]["budget"].endswith("steps") for r in all_runs())
+    again = gptlab("ablate", *arguments)
+    assert "trained, 4 skipped" in again.out
+
+
+def test_seconds_count_only_of_runs_that_had_the_machine_to_themselves(gptlab: Command, corpus_file: Path) -> None:
+    arguments = [*tiny(corpus_file, steps=6), "--vary", "model.width=16,32", "--seeds", "2", "study=w"]
+    gptlab("ablate", *arguments)
+
+    def loaded(share: float) -> None:
+        for run in all_runs():
+            done = run.read("done.json")
+            assert done is not None
+            done["summary"] |= {"machine/other_load": share, "seconds": 0.25 if "32" in run.name else 0.125}
+            run.write("done.json", done)
+
+    loaded(0.6)
+    refused = gptlab("ablate", *arguments, "--budgets", "seconds")
+    assert refused.code == 2
+    assert "no run of the arm 'width=16' had the machine to itself (other work took 60% of it at the least)" in refused.err
+    loaded(0.01)
+    made = gptlab("ablate", *arguments, "--budgets", "seconds")
+    assert made.code == 0, made.err
+    assert [row.steps for row in compare("w-seconds").rows] == [6, 3]
+
+
+def test_arms_are_matched_by_their_feed_forward(gptlab: Command, corpus_file: Path) -> None:
+    arguments = [*tiny(corpus_file, steps=4), "--vary", "model/ffn=gelu,swiglu", "--vary", "model/position=learned,rotary"]
+    params = gptlab("ablate", *arguments, "--seeds", "1", "--match", "params", "study=p")
+    assert params.code == 0, params.err
+    assert "gelu rotary: model.ffn.expansion 4 → " in params.out
+    sizes = [row.parameters for row in compare("p").rows]
+    assert max(sizes) / min(sizes) - 1 < 0.01
+    work = gptlab("ablate", *arguments, "--seeds", "1", "--match", "flops", "study=f")
+    assert work.code == 0, work.err
+    flops = [row.flops for row in compare("f").rows]
+    assert max(flops) / min(flops) - 1 < 0.01
+
+
+def test_each_arm_gets_its_own_best_rate_on_other_seeds(gptlab: Command, corpus_file: Path) -> None:
+    arguments = [*tiny(corpus_file, steps=6), "--vary", "optimizer=adamw,sgd", "--tune", "optimizer.learning_rate=1e-4,3e-2,10"]
+    result = gptlab("ablate", *arguments, "--seeds", "2", "study=o")
+    assert result.code in (0, 1), result.err  # a rate of 10 may diverge
+    assert "tuning optimizer.learning_rate on seeds 1000 to 1001" in result.out
+    tuning = {m["seed"] for m in members("o-tune")}
+    assert tuning == {1000, 1001}
+    assert {m["seed"] for m in members("o")} == {0, 1}
+    rates = {m["label"]: m["settings"]["optimizer.learning_rate"] for m in members("o")}
+    assert rates["adamw"] == "3e-2"
+    losses = {row.label: row.loss.mean for row in compare("o-tune").rows}
+    assert losses["adamw learning_rate=3e-2"] == min(loss for label, loss in losses.items() if label.startswith("adamw"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ((*NORMS, "--budgets", "flop"), "--budgets flop: arms can be equal in steps, tokens, flops, seconds (did you mean flops?)"),
+        ((*NORMS, "--match", "param"), "--match param: arms can be matched in params, flops, seconds (did you mean params?)"),
+        (("--vary", "model/ffn=gelu,none", "--match", "params"), "the arm 'none' has model/ffn=none, nothing to resize"),
+        ((*NORMS, "--tune", "optimizer.learning_rate"), "--tune optimizer.learning_rate has no values: give KEY=VALUE,VALUE"),
+        ((*NORMS, "--tune", "optimizer.learning_rate=1e-3"), "--tune optimizer.learning_rate=1e-3 has one value: give at least two"),
         (("--vary", "model/norm=layernorm,rmsnrom"), "did you mean rmsnorm?"),
         (("--vary", "model/nrom=layernorm,rmsnorm"), "did you mean model/norm?"),
         (("--vary", "model.wdith=16,32"), "did you mean model.width?"),

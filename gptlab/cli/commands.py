@@ -1,0 +1,138 @@
+"""The subcommands of `gptlab bench` and `gptlab data`. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptlab.cli.arguments import JsonOption, OverridesArgument, RunArgument, complete_overrides
+
+bench_app = typer.Typer(help="Time gptlab on this machine.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare data ahead of training; look at it.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train tokenisers; compare them.", no_args_is_help=True)
+data_app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@bench_app.command("train")
+def bench_train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OVERRIDE]…",
+            help="As for train: optimizer=muon, hardware.compile=true, experiment=NAME, …",
+            autocompletion=complete_overrides,
+        ),
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="A nanoGPT checkout to time in turn.", metavar="FOLDER")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The recipe to time: nano (unless named) or char for a nanoGPT setting.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 7,
+    as_json: JsonOption = False,
+) -> None:
+    """Time our training step, by phase and by operator, and that of a nanoGPT checkout in the same run."""
+    from gptlab.cli.bench import train as bench
+
+    bench(against, overrides=overrides or [], model=model, rounds=rounds, as_json=as_json)
+
+
+@bench_app.command("data")
+def bench_data(
+    text: Annotated[Path | None, typer.Option(help="The text to tokenise; Python's documentation unless named.", metavar="FILE")] = None,
+    megabytes: Annotated[int, typer.Option(help="How much of it; a shorter text is repeated.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each; the median counts.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Time preparation beside the bare tokeniser, and the loader over two billion tokens."""
+    from gptlab.cli.bench_data import data as bench
+
+    bench(text, megabytes=megabytes, rounds=rounds, as_json=as_json)
+
+
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    model: Annotated[str, typer.Option(help="The recipe to time.")] = "gpt2",
+    rounds: Annotated[int, typer.Option(help="Checkpoints to write.", min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """Time what a checkpoint costs training, a resume a start, and the guards a step."""
+    from gptlab.cli.bench_checkpoint import checkpoint as bench
+
+    bench(model, rounds=rounds, as_json=as_json)
+
+
+@bench_app.command("coordinates")
+def bench_coordinates(
+    overrides: OverridesArgument = None,
+    widths: Annotated[str, typer.Option(help="The widths to train at; heads keep theirs.")] = "64,128,256,512",
+    steps: Annotated[int, typer.Option(help="Steps at each width.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Seeds whose mean is taken.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Show whether a model's parts move alike at every width, by muP and by the standard parametrisation."""
+    from gptlab.cli.bench_coordinates import coordinates as bench
+
+    bench(overrides or [], widths=widths, steps=steps, seeds=seeds, as_json=as_json)
+
+
+@data_app.command("prepare")
+def data_prepare(overrides: OverridesArgument = None) -> None:
+    """Tokenise a corpus into shards; go on with what was stopped."""
+    from gptlab.cli.data import prepare
+
+    prepare(overrides or [])
+
+
+@data_app.command("report")
+def data_report(
+    overrides: OverridesArgument = None,
+    documents: Annotated[int, typer.Option(help="Documents to show of each source.", min=0)] = 3,
+    rows: Annotated[int, typer.Option(help="Training rows to show.", min=0)] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a corpus holds: documents, lengths, duplicates, shares, leaks, rows as training sees them."""
+    from gptlab.cli.data import report
+
+    report(overrides or [], as_json=as_json, documents=documents, rows=rows)
+
+
+@data_app.command("show")
+def data_show(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option(help="A step of the run, from 1.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Or a batch, from 0: one that was passed over.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Its first rows alone; without it all.", min=1)] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with their ids.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the very documents that a step of a run is trained on."""
+    from gptlab.cli.data_show import show
+
+    show(run, step=step, batch=batch, rows=rows, tokens=tokens, as_json=as_json)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    overrides: OverridesArgument = None,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file; unless named, where data look for it.", metavar="FILE")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train data/tokenizer=bpe on a corpus."""
+    from gptlab.cli.data import tokenizer_train as run
+
+    run(overrides or [], out=out, as_json=as_json)
+
+
+@tokenizer_app.command("report")
+def tokenizer_report(
+    overrides: OverridesArgument = None,
+    compare: Annotated[str, typer.Option(help="Others to compare: gpt2,cl100k,byte or files of `tokenizer train`.")] = "",
+    show: Annotated[str, typer.Option(help="A text to show in tokens.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a tokeniser on a corpus, beside others."""
+    from gptlab.cli.data import tokenizer_report as run
+
+    run(overrides or [], compare=compare, show=show, as_json=as_json)
