@@ -115,6 +115,7 @@ def ablate(
         str | None,
         typer.Option(help="Give each arm its own best of these, on other seeds: optimizer.learning_rate=3e-4,1e-3.", metavar="KEY=VALUE,…"),
     ] = None,
+    scales: Annotated[int | None, typer.Option(help="Repeat at so many sizes, each half as wide as the next, the given one last.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the arms and what they will take; train nothing.")] = False,
 ) -> None:
     """Train the arms of an ablation over several seeds, and give the verdict on each."""
@@ -132,6 +133,7 @@ def ablate(
         budgets=budgets,
         match=match,
         tune=tune,
+        scales=scales,
         dry_run=dry_run,
     )
     raise typer.Exit(code)

@@ -15,6 +15,7 @@ from rich.table import Table
 from gptlab.cli.equal import at_equal, parse_units
 from gptlab.cli.match import KEY, check_kind, matched
 from gptlab.cli.plan import duration
+from gptlab.cli.scales import at_scales, sizes
 from gptlab.cli.train import train
 from gptlab.cli.tune import parse_tune, tuned
 from gptlab.config import codec
@@ -69,6 +70,7 @@ def ablate(
     budgets: str | None = None,
     match: str | None = None,
     tune: str | None = None,
+    scales: int | None = None,
     dry_run: bool = False,
 ) -> int:
     """Run `gptlab ablate`; returns the exit code. Raises ConfigError."""
@@ -78,6 +80,7 @@ def ablate(
     asked = sweep([*given[1:], *_seeds(looks[0] if looks else seeds)], multirun=True)
     assert asked.study is not None
     study, name = asked.study, asked.name
+    by_size = sizes(study, name, scales)
     with contextlib.ExitStack() as open_data:
         data = _data(study, open_data)
         if match:
@@ -92,6 +95,7 @@ def ablate(
         return 0
     write_ablation(name, _noted(read_ablation(name), planned))
     code = _until_decided(study, name, looks, _most_seconds(until_decided)) if looks else train(study.arguments(name))
+    code = max(code, at_scales(study, by_size)) if by_size else code
     return max(code, at_equal(study, name, units)) if units else code
 
 

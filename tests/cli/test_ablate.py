@@ -20,7 +20,8 @@ from gptlab.study.live import LiveTable
 from tests.cli.conftest import Command
 from tests.tiny import tiny
 
-ablate = importlib.import_module("gptlab.cli.ablate")
+ablate = importlib.import_module("gptlab.cli.ablate")  # the package's own `ablate` is the command
+scales = importlib.import_module("gptlab.cli.scales")
 
 
 @pytest.fixture(autouse=True)
@@ -165,9 +166,24 @@ def test_each_arm_gets_its_own_best_rate_on_other_seeds(gptlab: Command, corpus_
     assert losses["adamw learning_rate=3e-2"] == min(loss for label, loss in losses.items() if label.startswith("adamw"))
 
 
+def test_the_arms_are_repeated_at_smaller_sizes(gptlab: Command, corpus_file: Path) -> None:
+    arguments = [*tiny(corpus_file, steps=6), "--vary", "optimizer.learning_rate=1e-3,1e-1", "--seeds", "3", "study=s", "--scales", "2"]
+    result = gptlab("ablate", *arguments)
+    assert result.code == 0, result.err
+    small, whole = compare("s-w8"), compare("s")
+    assert small.rows[0].parameters < whole.rows[0].parameters
+    assert "learning_rate=1e-1: better at every size" in result.out or "learning_rate=1e-1: worse at every size" in result.out
+    assert "width 8" in result.out
+    exponent, further = scales.scaling_line([10.0, 100.0], [1.0, 0.1**0.5])
+    assert (exponent, further) == pytest.approx((0.5, 0.1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ((*NORMS, "--scales", "1"), "--scales 1: at least 2 sizes"),
+        ((*NORMS, "--scales", "3"), "--scales 3 halves model.width=16 and model.heads=2 2 times, which does not divide: at most 2 here"),
+        (("--vary", "model.width=16,32", "--scales", "2"), "--scales changes model.width and model.heads, and the arm 'width=16' sets"),
         ((*NORMS, "--budgets", "flop"), "--budgets flop: arms can be equal in steps, tokens, flops, seconds (did you mean flops?)"),
         ((*NORMS, "--match", "param"), "--match param: arms can be matched in params, flops, seconds (did you mean params?)"),
         (("--vary", "model/ffn=gelu,none", "--match", "params"), "the arm 'none' has model/ffn=none, nothing to resize"),
