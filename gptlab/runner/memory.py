@@ -23,7 +23,7 @@ from gptlab.config.registry import build, component, component_of
 from gptlab.config.schema import Config
 from gptlab.config.slots import Options
 from gptlab.data.loader import Batch
-from gptlab.hardware.device import resident_memory
+from gptlab.hardware.device import GIANT, resident_memory
 from gptlab.hardware.precision import autocast, in_precision
 from gptlab.hardware.world import World, launched
 from gptlab.model.linear import undrawn
@@ -36,8 +36,9 @@ from gptlab.runner.validation import EVALUATION_TOKENS, scored
 GRANULE = {"cuda": 512, "cpu": 64}
 CUBLAS_WORKSPACE = 32 << 20  # bytes; Hopper's, elsewhere 8 MiB
 CHUNK = 1024  # tokens whose logits are held, where that is proposed
-# On the CPU, measured with nano to gpt2: what MKL, oneDNN and threads take in the first steps, and the share of the heap that is no use.
-LIBRARIES, HEAP_GAPS = 50 << 20, 0.14
+# On the CPU, measured with nano to gpt2 in fp32: what MKL, oneDNN and threads take in the first steps, and what the heap has in gaps, as a
+# share of the blocks that lie in it. Giants lie outside.
+LIBRARIES, HEAP_GAPS = 50 << 20, 0.35
 USABLE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that a run may count on: the rest goes to the CUDA context, gaps, other programs
 
 
@@ -62,12 +63,13 @@ class Memory:
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage that an operator makes until it is freed; `logits` of those as wide as the vocabulary."""
+    """Counts the bytes of every storage that an operator makes until it is freed; `logits` of those as wide as the vocabulary, `giants`
+    of those that lie outside a CPU's heap."""
 
     def __init__(self, granule: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granule, self.now, self.logits, self.peak, self.peak_logits, self.peak_gradients = granule, 0, 0, 0, 0, 0
-        self.gradients = 0
+        self.gradients, self.giants, self.peak_giants = 0, 0, 0
         self.widths: tuple[int, ...] = ()
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -87,19 +89,21 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         size = -(-storage.nbytes() // self.granule) * self.granule
         wide = size if tensor.dim() > 1 and tensor.shape[-1] in self.widths else 0
+        giant = size if size > GIANT else 0
 
         def freed(_: object) -> None:
             del self._known[key]
-            self.now, self.logits = self.now - size, self.logits - wide
+            self.now, self.logits, self.giants = self.now - size, self.logits - wide, self.giants - giant
 
         self._known[key] = weakref.ref(storage, freed)
-        self.now, self.logits = self.now + size, self.logits + wide
+        self.now, self.logits, self.giants = self.now + size, self.logits + wide, self.giants + giant
         if self.now > self.peak:
-            self.peak, self.peak_logits, self.peak_gradients = self.now, self.logits, self.gradients
+            self.begin()
 
     def begin(self) -> None:
         """Look for the highest mark from here on."""
         self.peak, self.peak_logits, self.peak_gradients = self.now, self.logits, self.gradients
+        self.peak_giants = self.giants
 
 
 class _Fused(TorchFunctionMode):
@@ -170,7 +174,7 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
         held.begin()
         optimizer.step()
         state = held.now - weights - gradients
-        update = held.peak
+        update, of_update = held.peak, held.peak_giants
         averages = sum(weights for options in config.callbacks.values() if getattr(component_of(options).factory, "makes_average", False))
         batch_rows = rows_of(config)
         held.gradients = gradients
@@ -186,24 +190,26 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
             loss = objective(model, batch)
         loss.backward()
         peak, logits, grown = held.peak, held.peak_logits, min(held.peak_gradients, gradients)
+        of_backward = held.peak_giants
         del loss, batch
         optimizer.zero_grad(set_to_none=True)
         evaluation, wide = _evaluation(model, config, device, held) if "evaluation" in _callbacks(config) else (weights + state, 0)
+        of_evaluation, lasting = held.peak_giants, held.giants
     evaluation += weights * (averages > 0 or hasattr(optimizer, "average"))  # the average takes the weights' place, and these wait
     copies = weights + state + averages if kind == "cpu" and "checkpoint" in _callbacks(config) else 0
     early = copies if _overlaps(config) else 0
 
-    def at(moment: str, held_then: int, gradients: int, logits: int, copies: int) -> Memory:
+    def at(moment: str, held_then: int, giants: int, gradients: int, logits: int, copies: int) -> Memory:
         activations = held_then - weights - state - gradients - logits
         own = averages + held_then + copies
-        gaps = LIBRARIES + int(HEAP_GAPS * own) if kind == "cpu" else 0
+        gaps = LIBRARIES + int(HEAP_GAPS * max(0, held_then - giants)) if kind == "cpu" else 0
         return Memory(moment, weights, gradients, state + averages, activations, logits, copies, fixed, gaps, fixed + own + gaps)
 
     moments = (
-        at("backward", peak, grown, logits, early),
-        at("update", update, gradients, 0, early),
-        at("evaluation", evaluation, 0, wide, early),
-        at("checkpoint", weights + state, 0, 0, copies),
+        at("backward", peak, of_backward, grown, logits, early),
+        at("update", update, of_update, gradients, 0, early),
+        at("evaluation", evaluation, of_evaluation, 0, wide, early),
+        at("checkpoint", weights + state, lasting, 0, 0, copies),
     )
     return max(moments, key=lambda memory: memory.total)
 
