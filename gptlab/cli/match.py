@@ -58,7 +58,8 @@ def matched(study: Study, kind: str, data: Sequence[Prepared]) -> tuple[Study, l
         def size(expansion: float, config: Config = config, text: Prepared = text) -> float:
             return _size(_resized(config, expansion), text, kind)
 
-        after = _solve(size, target, before, 1 / config.model.width, rough=kind == "seconds")
+        unit = getattr(config.model.ffn, "multiple_of", 1) / config.model.width
+        after = _solve(size, target, before, unit, rough=kind == "seconds")
         told.append(Matched(arm.label, before, after, size(after) / target - 1))
         arms[i] = replace(arm, overrides=with_overrides(arm.overrides, [f"{KEY}={after:.6g}"]))
     return replace(study, arms=arms), told
@@ -79,7 +80,7 @@ def _size(config: Config, data: Prepared, kind: str) -> float:
 
 
 def _solve(size: Callable[[float], float], target: float, start: float, step: float, *, rough: bool) -> float:
-    """The expansion, in whole hidden units (steps of 1/width), whose size is nearest the target. Sizes grow with it in a straight line."""
+    """The expansion, in steps of whole hidden units, whose size is nearest the target. Sizes grow with it in a straight line."""
     low, high = start, 2 * start
     at_low, at_high = size(low), size(high)
     if at_high <= at_low:
