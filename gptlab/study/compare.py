@@ -14,6 +14,7 @@ from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_mos
 from gptlab.study.text import TextInterval, text_interval
 from gptlab.study.verdict import EFFECT, Verdict, judge
 
+SAME_WEIGHTS = 0.995  # the share of initial weights from which two arms begin alike
 METRIC, ACCURACY = "val/loss", "val/accuracy"
 
 
@@ -135,11 +136,18 @@ def compare(study: str, *, baseline: str | None = None, target: float | None = N
     if effect is not None and not effect > 0:
         raise ConfigError(f"--effect {effect:g} must be above 0: it is the smallest difference of {METRIC} worth knowing")
     base = _baseline(arms, baseline or (told.get("baseline") if any(a.label == told.get("baseline") for a in arms) else None))
-    notes += _comparable(arms)
+    notes += _comparable(arms) + _starts(told, base)
     ordered = [base, *(a for a in arms if a is not base)]
     losses = {a.key: {seed: float(s[METRIC]) for seed, s in a.summaries.items() if METRIC in s} for a in ordered}
     verdicts = judge(losses, base.key, effect=effect or float(told.get("effect", EFFECT)), looks=told.get("looks", ()))
     return Comparison(study, METRIC, [_row(a, base, losses, verdicts.get(a.key), target) for a in ordered], notes, target)
+
+
+def _starts(told: dict[str, Any], base: Arm) -> list[str]:
+    """Which arms begin with other weights than the baseline of their seed, as far as `gptlab ablate` has looked."""
+    planned = {label: p["same_weights"] for label, p in told.get("planned", {}).items() if label != base.label}
+    other = {label: share for label, share in planned.items() if share is not None and share < SAME_WEIGHTS}
+    return [f"{label} shares {share:.0%} of the baseline's initial weights" for label, share in other.items()]
 
 
 def _baseline(arms: list[Arm], named: str | None) -> Arm:
