@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from gptlab.config import sweeper
 from gptlab.config.codec import RECIPES_WITH_SLOTS, options_in
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
 from gptlab.config.registry import absent_parts, check_choices, components, load_components
 from gptlab.config.schema import Config
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
-from gptlab.config.sweeper import ArmsConfig, ArmSweeper
 
 # Overrides that say where and how a run is done, not what it is: they give it no name.
 _NAMELESS = ("study", "name", "arm", "tracker", "hardware.device", "hardware.threads", "hardware.micro_batch",
@@ -41,9 +41,10 @@ def prepare() -> None:
     store.store(name="schema", node=Config)
     for component in components():
         store.store(group=component.slot.path, name=component.name, node=component.options)
-    store.store(group="hydra/sweeper", name="arms", node=ArmsConfig, provider="gptlab")
-    for plugin in (ExperimentSource, ExperimentSearchPath, ArmSweeper):
+    store.store(group="hydra/sweeper", name="arms", node=sweeper.ArmsConfig, provider="gptlab")
+    for plugin in (ExperimentSource, ExperimentSearchPath):
         Plugins.instance().register(plugin)
+    sweeper.install()
     # An error of ours is one sentence; Hydra's own printing would come before it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 

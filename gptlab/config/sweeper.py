@@ -9,11 +9,8 @@ hydra:
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
-import sys
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -28,17 +25,16 @@ from gptlab.config.arms import GRID, Arm, axis, expand, overrides_of, with_overr
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 
-# Hydra builds only what bears a name of this package, which is of plugins that are installed; ours is registered by hand.
 _GRAMMAR, _ESCAPED = re.compile(r"([=:,(){}\[\]])"), r"\\\1"  # of Hydra's dictionaries
 SEEDS = 3  # unless told otherwise
-_MODULE = "hydra_plugins.gptlab"
+TARGET = "hydra_plugins.gptlab.ArmSweeper"
 
 
 @dataclass
 class ArmsConfig:
     """Options of hydra/sweeper=arms. `vary`: key to values, comma-separated; `arms`: name to overrides; `seeds`: from `first_seed`."""
 
-    _target_: str = f"{_MODULE}.ArmSweeper"
+    _target_: str = TARGET
     vary: dict[str, str] = field(default_factory=dict)
     arms: dict[str, str] = field(default_factory=dict)
     design: str = GRID
@@ -150,20 +146,12 @@ class ArmSweeper(Sweeper):  # type: ignore[misc]
         return results
 
 
-def _install() -> None:
-    """Make the sweeper importable by the name that Hydra knows it by."""
-    ArmSweeper.__module__ = _MODULE
-    parent, _, name = _MODULE.partition(".")
-    try:
-        package = importlib.import_module(parent)
-    except ModuleNotFoundError:  # no plugin is installed
-        package = types.ModuleType(parent)
-        package.__path__ = []
-        sys.modules[parent] = package
-    module = types.ModuleType(_MODULE)
-    module.ArmSweeper = ArmSweeper  # type: ignore[attr-defined]
-    sys.modules[_MODULE] = module
-    setattr(package, name, module)
+def install() -> None:
+    """Make the sweeper known to Hydra. Safe to call again.
 
-
-_install()
+    Hydra builds only plugins whose name lies in its own package for them; ours goes by such a name in its index, and is pickled for
+    workers under its real one.
+    """
+    plugins = Plugins.instance()
+    plugins.register(ArmSweeper)
+    plugins.class_name_to_class[TARGET] = ArmSweeper

@@ -83,6 +83,7 @@ def test_rows_of_the_held_out_set_add_up_to_its_loss(gptlab: Command, corpus_fil
     assert read_rows(run) is None
 
 
+@pytest.mark.slow
 def test_seeds_are_added_until_every_arm_is_decided(gptlab: Command, corpus_file: Path) -> None:
     run = tiny(corpus_file, steps=6)
     clear = gptlab("ablate", *run, "--vary", "optimizer.learning_rate=1e-3,1e-1", "--until-decided", "8", "--seeds", "3")
@@ -98,6 +99,7 @@ def test_seeds_are_added_until_every_arm_is_decided(gptlab: Command, corpus_file
     assert len(compare("init").rows[1].seeds) == 4
 
 
+@pytest.mark.slow
 def test_arms_are_trained_to_equal_budgets_each_in_whole_schedules(
     gptlab: Command, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +120,7 @@ def test_arms_are_trained_to_equal_budgets_each_in_whole_schedules(
     assert "trained, 4 skipped" in again.out
 
 
+@pytest.mark.slow
 def test_seconds_count_only_of_runs_that_had_the_machine_to_themselves(gptlab: Command, corpus_file: Path) -> None:
     arguments = [*tiny(corpus_file, steps=6), "--vary", "model.width=16,32", "--seeds", "2", "study=w"]
     gptlab("ablate", *arguments)
@@ -139,6 +142,7 @@ def test_seconds_count_only_of_runs_that_had_the_machine_to_themselves(gptlab: C
     assert [row.steps for row in compare("w-seconds").rows] == [6, 3]
 
 
+@pytest.mark.slow
 def test_arms_are_matched_by_their_feed_forward(gptlab: Command, corpus_file: Path) -> None:
     arguments = [*tiny(corpus_file, steps=4), "--vary", "model/position=learned,rotary"]
     arguments += ["--arm", "gated=model/ffn=swiglu model.ffn.multiple_of=1", "--design", "single"]
@@ -153,6 +157,7 @@ def test_arms_are_matched_by_their_feed_forward(gptlab: Command, corpus_file: Pa
     assert max(flops) / min(flops) - 1 < 0.01
 
 
+@pytest.mark.slow
 def test_each_arm_gets_its_own_best_rate_on_other_seeds(gptlab: Command, corpus_file: Path) -> None:
     arguments = [*tiny(corpus_file, steps=6), "--vary", "optimizer=adamw,sgd", "--tune", "optimizer.learning_rate=1e-4,3e-2,10"]
     result = gptlab("ablate", *arguments, "--seeds", "2", "study=o")
@@ -167,6 +172,7 @@ def test_each_arm_gets_its_own_best_rate_on_other_seeds(gptlab: Command, corpus_
     assert losses["adamw learning_rate=0.03"] == min(loss for label, loss in losses.items() if label.startswith("adamw"))
 
 
+@pytest.mark.slow
 def test_the_arms_are_repeated_at_smaller_sizes(gptlab: Command, corpus_file: Path) -> None:
     arguments = [*tiny(corpus_file, steps=6), "--vary", "optimizer.learning_rate=1e-3,1e-1", "--seeds", "3", "study=s", "--scales", "2"]
     result = gptlab("ablate", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,9 +49,11 @@ def false_rate(arms: int, seeds: int, count: int = 2000, **options: object) -> f
     return sum(any(v.kind in FALSE for v in judge(made, "0").values()) for made in studies) / count
 
 
-@pytest.fixture(autouse=True)
-def _no_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptlab.study.verdict.bootstrap", lambda differences: (0.0, 0.0))  # it decides nothing, and takes its time
+@pytest.fixture
+def decisions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what decides nothing and takes its time: thousands of studies are judged."""
+    monkeypatch.setattr("gptlab.study.verdict.bootstrap", lambda differences: (0.0, 0.0))
+    monkeypatch.setattr("gptlab.study.verdict.seeds_for", lambda *_: None)
 
 
 def test_the_block_model_of_two_arms_is_the_paired_t() -> None:
@@ -84,11 +87,13 @@ def test_a_missing_run_costs_its_cell_alone() -> None:
 
 
 @pytest.mark.parametrize(("arms", "seeds"), [(2, 3), (2, 5), (2, 8), (4, 5), (4, 8)])
-def test_arms_without_a_difference_are_called_different_in_one_study_of_twenty(arms: int, seeds: int) -> None:
+def test_arms_without_a_difference_are_called_different_in_one_study_of_twenty(arms: int, seeds: int, decisions_alone: None) -> None:
     assert 0.04 <= false_rate(arms, seeds) <= 0.06
 
 
-def test_an_arm_that_spreads_more_than_the_others_is_judged_by_its_own_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_that_spreads_more_than_the_others_is_judged_by_its_own_spread(
+    monkeypatch: pytest.MonkeyPatch, decisions_alone: None
+) -> None:
     wide = (1.0, 1.0, 1.0, 8.0)
     careful = false_rate(4, 5, 500, spread=wide)
     monkeypatch.setattr("gptlab.study.verdict.WIDER", 1e-300)  # never left out
@@ -110,7 +115,7 @@ def test_two_kernels_are_the_same_beside_arms_that_are_not() -> None:
     assert judge({"0": {0: 1.0, 1: 2.0}, "twin": {0: 1.0, 1: 2.0}}, "0")["twin"].sentence == "no difference beyond ± 0.0000"
 
 
-def test_looking_again_and_again_keeps_its_error_rate_and_would_not_without_correction() -> None:
+def test_looking_again_and_again_keeps_its_error_rate_and_would_not_without_correction(decisions_alone: None) -> None:
     generator, count, found, naive = np.random.default_rng(11), 2000, 0, 0
     for _ in range(count):
         made = study(generator, 2, LOOKS[-1])
@@ -151,8 +156,14 @@ def test_power_and_the_seeds_for_it_are_those_of_the_tables() -> None:
     assert seeds_for(0.5, 1.0, lambda n: n - 1) == 34
     assert seeds_for(0.0, 1.0, lambda n: n - 1) is None
     assert seeds_for(1e-6, 1.0, lambda n: n - 1) is None
-    for n in range(90, 120):  # where the normal takes over
-        assert power(0.3, 1.0, n + 1, n) > power(0.3, 1.0, n, n - 1) - 2e-3
+    for variance in (1e-9, 1e-3, 1.0, 50.0):  # more seeds never find less, however clear the effect
+        found = [power(0.1, variance, n, n - 1) for n in range(2, 200)]
+        assert all(0 <= a <= b + 2e-3 for a, b in itertools.pairwise(found))
+        assert max(found) <= 1
+    low, high = (seeds_for(0.01, v, lambda n: n - 1) for v in (1.5e-5, 9e-5))
+    assert low is not None
+    assert high is not None
+    assert low < high
 
 
 def test_the_predicted_number_of_seeds_finds_the_effect_it_was_predicted_for() -> None:
