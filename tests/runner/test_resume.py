@@ -37,6 +37,9 @@ def _fresh_signal() -> None:
     SignalAt.fired = False
 
 
+WIDTH = 16  # of a tiny model
+
+
 def weights(run: Run) -> dict[str, torch.Tensor]:
     # copies: what is loaded is a view of the file, which a test may damage
     return {k: v.clone() for k, v in checkpoint.load_model(checkpoint.require_good(run.checkpoints)).items()}
@@ -146,7 +149,10 @@ def test_an_accumulated_step_is_the_step_of_the_whole_batch(corpus_file: Path, t
     assert split is not None
     assert whole.identity == split.identity
     for name, value in weights(whole).items():
-        torch.testing.assert_close(value, weights(split)[name], rtol=1e-4, atol=1e-6)
+        one, two = value, weights(split)[name]
+        if name.endswith("qkv.bias"):  # no loss depends on the keys' bias: Adam makes steps of the rounding of a gradient of zero
+            one, two = (torch.cat([t[:WIDTH], t[2 * WIDTH :]]) for t in (one, two))
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6, msg=lambda told, name=name: f"{name}: {told}")
 
 
 def test_a_time_budget_ends_and_cools_down(corpus_file: Path) -> None:
