@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,15 @@ from gptlab import compose, train
 from gptlab.study.compare import compare
 from tests.tiny import tiny
 
-STUDIES, SEEDS = 40, 5
+# Forty studies take ten minutes: GPTLAB_NULL_STUDIES=40. With ten, four false verdicts would come by chance once in a thousand times.
+STUDIES, SEEDS = int(os.environ.get("GPTLAB_NULL_STUDIES", "10")), 5
 
 
 @pytest.mark.slow
-def test_of_forty_null_studies_at_most_five_have_a_false_verdict(corpus_file: Path) -> None:
+def test_studies_of_nothing_seldom_have_a_verdict(corpus_file: Path) -> None:
     """Two arms whose weights begin a millionth apart beside the baseline, far enough trained for rounding to have grown to chaos."""
-    arms: dict[str, list[str]] = {
-        "plain": [],
-        "nudged": ["model/init=gpt2_nudged"],
-        "more": ["model/init=gpt2_nudged", "model.init.nudge=2e-6"],
-    }
+    more = ["model/init=gpt2_nudged", "model.init.nudge=2e-6"]
+    arms: dict[str, list[str]] = {"plain": [], "nudged": ["model/init=gpt2_nudged"], "more": more}
     false, differences = 0, []
     for number in range(STUDIES):
         for seed in range(SEEDS * number, SEEDS * (number + 1)):
@@ -34,4 +33,4 @@ def test_of_forty_null_studies_at_most_five_have_a_false_verdict(corpus_file: Pa
         differences += [v.interval.mean for v in verdicts if v.interval is not None]
     print(f"{false} of {STUDIES} null studies had a false verdict; the largest difference of means was {max(map(abs, differences)):.2g}")
     assert max(map(abs, differences)) > 1e-6, "the arms are one and the same run"
-    assert false <= 5
+    assert false <= max(3, STUDIES // 8)
