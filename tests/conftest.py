@@ -49,6 +49,14 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup: of the slow tests that start processes of their own, one at a time."""
+    for item in items:
+        if item.get_closest_marker("slow") and "runner" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 @pytest.fixture(scope="session")
 def home_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The session's $GPTLAB_HOME: data prepared by one test is found by the next."""
