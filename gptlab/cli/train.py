@@ -85,8 +85,11 @@ def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> None:
         return
     options = asked.study.options
     labels = [arm.label for arm in asked.study.arms]
-    told = {"baseline": options.baseline or labels[0], "effect": options.effect, "looks": list(options.looks), "arms": labels}
-    write_ablation(asked.name, read_ablation(asked.name) | told)
+    before = read_ablation(asked.name)
+    looks = list(options.looks) or before.get("looks", [])  # a study that was looked at by a plan stays one
+    sizes = [*before.get("seeds", []), len(asked.study.seeds)]
+    told = {"baseline": options.baseline or labels[0], "effect": options.effect, "looks": looks, "arms": labels}
+    write_ablation(asked.name, before | told | {"seeds": list(dict.fromkeys(sizes))})
     stack.enter_context(LiveTable(asked.name, labels, asked.study.seeds))
 
 

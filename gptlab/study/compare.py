@@ -136,11 +136,25 @@ def compare(study: str, *, baseline: str | None = None, target: float | None = N
     if effect is not None and not effect > 0:
         raise ConfigError(f"--effect {effect:g} must be above 0: it is the smallest difference of {METRIC} worth knowing")
     base = _baseline(arms, baseline or (told.get("baseline") if any(a.label == told.get("baseline") for a in arms) else None))
-    notes += _comparable(arms) + _starts(told, base)
+    notes += _comparable(arms) + _starts(told, base) + _looked(told, max(len(a.runs) for a in arms))
     ordered = [base, *(a for a in arms if a is not base)]
     losses = {a.key: {seed: float(s[METRIC]) for seed, s in a.summaries.items() if METRIC in s} for a in ordered}
     verdicts = judge(losses, base.key, effect=effect or float(told.get("effect", EFFECT)), looks=told.get("looks", ()))
     return Comparison(study, METRIC, [_row(a, base, losses, verdicts.get(a.key), target) for a in ordered], notes, target)
+
+
+def _looked(told: dict[str, Any], seeds: int) -> list[str]:
+    """What looking at a study more than once does to its verdicts."""
+    looks, asked = told.get("looks", []), [n for n in told.get("seeds", []) if 1 < n <= seeds]
+    if looks:
+        beyond = "; seeds beyond the last look are not used" if seeds > looks[-1] else ""
+        return [f"looked at after {', '.join(map(str, looks))} seeds, as was planned beforehand{beyond}"]
+    if len(asked) > 1:
+        early = ", ".join(map(str, asked[:-1]))
+        return [
+            f"seeds were added after a look at {early}: 5 % false holds for one look; --until-decided plans several and corrects for them"
+        ]
+    return []
 
 
 def _starts(told: dict[str, Any], base: Arm) -> list[str]:

@@ -54,6 +54,8 @@ def test_an_ablation_is_planned_trained_judged_and_goes_on_with_more_seeds(gptla
     more = gptlab("ablate", *arguments, "--seeds", "3")
     assert "6 runs: " not in more.out
     assert "9 runs: 3 trained, 6 skipped, 0 failed" in more.out
+    assert "seeds were added after a look at 2: 5 % false holds for one look" in more.out
+    assert "seeds were added" not in first.out
     found = compare("norm_x_modern")
     assert [(r.label, r.seeds) for r in found.rows] == [("layernorm", [0, 1, 2]), ("rmsnorm", [0, 1, 2]), ("modern", [0, 1, 2])]
     assert found.rows[1].text is not None
@@ -94,6 +96,9 @@ def test_seeds_are_added_until_every_arm_is_decided(gptlab: Command, corpus_file
     assert row.verdict is not None
     assert row.verdict.kind in ("better", "worse")
     assert len(row.seeds) < 8
+    assert "looked at after 3, 4, 6, 8 seeds, as was planned beforehand" in clear.out
+    more = gptlab("ablate", *run, "--vary", "optimizer.learning_rate=1e-3,1e-1", "--seeds", "9")
+    assert "as was planned beforehand; seeds beyond the last look are not used" in more.out
     open_ = gptlab("ablate", *run, "--vary", "model/init=gpt2,gpt2_nudged", "--until-decided", "4", "--seeds", "3", "--effect", "1e-12")
     assert "after 3 seeds undecided: gpt2_nudged; on to 4" in open_.out
     assert len(compare("init").rows[1].seeds) == 4
