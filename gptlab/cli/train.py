@@ -53,10 +53,10 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
             stack.enter_context(environment(RERUN, "1"))
         compose.prepare()
         shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
-        if not shows_only:
-            _expect(passed, stack)
+        live = contextlib.nullcontext() if shows_only else _expect(passed, stack)
         outcomes = stack.enter_context(_launch_folder())
-        _run_hydra(passed)
+        with live:
+            _run_hydra(passed)
         if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
             print("# components: " + " ".join(compose.chosen([a for a in passed if _is_override(a)])))
         results = _read(outcomes)
@@ -74,15 +74,15 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
         return 0
 
 
-def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> None:
-    """Of a sweep whose runs are known beforehand: how many there are; of arms, their names and a table of them while they train."""
+def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> contextlib.AbstractContextManager[object]:
+    """Note how many runs a sweep has, where that is known beforehand, and of arms how they are judged; the table of arms to be shown."""
     multirun = bool({"-m", "--multirun"} & set(passed))
     asked = sweep([a for a in passed if _is_override(a)], multirun=multirun)
     if asked.points is None or not asked.swept:
-        return
+        return contextlib.nullcontext()
     stack.enter_context(environment(SIZE, str(len(asked.points))))
     if asked.study is None or not (launched() or World()).first:
-        return
+        return contextlib.nullcontext()
     options = asked.study.options
     labels = [arm.label for arm in asked.study.arms]
     before = read_ablation(asked.name)
@@ -90,7 +90,7 @@ def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> None:
     sizes = [*before.get("seeds", []), len(asked.study.seeds)]
     told = {"baseline": options.baseline or labels[0], "effect": options.effect, "looks": looks, "arms": labels}
     write_ablation(asked.name, before | told | {"seeds": list(dict.fromkeys(sizes))})
-    stack.enter_context(LiveTable(asked.name, labels, asked.study.seeds))
+    return LiveTable(asked.name, labels, asked.study.seeds)
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:

@@ -240,7 +240,8 @@ def test_every_held_out_batch_counts_once_and_each_rank_passes_equally_often(siz
     batches: list[Any] = list(range(7))
     dealt = [list(_dealt(iter(batches), World(rank, size))) for rank in range(size)]
     assert len({len(mine) for mine in dealt}) == 1, "else a rank waits for another's pass"
-    assert sorted(batch for mine in dealt for batch, counts in mine if counts) == batches
+    assert sorted(batch for mine in dealt for _, batch, counts in mine if counts) == batches
+    assert all(number == batch for mine in dealt for number, batch, counts in mine if counts), "each is known by its place"
 
 
 def test_what_ranks_cannot_do_is_a_wrong_setting_on_each(made: Made) -> None:
