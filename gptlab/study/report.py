@@ -71,7 +71,7 @@ def table(comparison: Comparison) -> Table:
     )
     columns = headers(comparison)
     for i, header in enumerate(columns):
-        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0, min_width=16 if i == 0 else None)
+        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold", min_width=16 if i == 0 else None)
     for row in comparison.rows:
         values: list[str | Text] = list(cells(row, columns))
         if row.verdict and row.verdict.kind in _COLOURS_OF:
