@@ -23,10 +23,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def commands() -> list[str]:
-    """Every `gptlab …` and `torchrun …` line of the shell blocks, without its comment."""
-    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith(("gptlab ", "torchrun "))]
+def commands() -> dict[str, list[str]]:
+    """By heading, every `gptlab …` and `torchrun …` line of the shell blocks below it, without its comment."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for title, block in re.findall(r"^#+ ([^\n]*)$|^```sh\n(.*?)```", README, re.DOTALL | re.MULTILINE):
+        heading = title or heading
+        lines = [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
+        found.setdefault(heading, []).extend(line for line in lines if line.startswith(("gptlab ", "torchrun ")))
+    return {heading: lines for heading, lines in found.items() if lines}
 
 
 def test_nothing_is_left_to_fill_in_and_every_link_leads_somewhere() -> None:
@@ -62,11 +67,16 @@ def test_every_folder_of_the_package_stands_in_the_map() -> None:
     assert all(f"`gptlab/{name}/`" in table or f"`{name}/`" in table for name in folders)
 
 
+FEW = {"data.validation_tokens": "2048", "callbacks.samples.tokens": "8"}  # the rest of a measurement and of a sample is more of the same
+
+
 def shortened(command: str, sample: Path) -> list[str]:
     """A command on our sample, with a shorter run where it would take minutes."""
     words = shlex.split(command.replace("FILE", str(sample)))
     if words == ["gptlab", "train"] or ("data=fineweb_edu" in words and "train" in words):
         words.append("trainer.budget=20steps")
+    if ("train" in words or "ablate" in words) and "bench" not in words and "--help" not in words:
+        words += [f"{key}={value}" for key, value in FEW.items() if not any(w.startswith(f"{key}=") for w in words)]
     if "data=fineweb_edu" in words:
         words = [w.replace("100M", "600k") for w in words] + ["data.corpus.held_out=100k"]
     if words[:3] == ["gptlab", "bench", "train"]:
@@ -87,18 +97,34 @@ def hub(tmp_path: Path) -> Iterator[str]:
         yield server.url
 
 
-@pytest.mark.slow
-def test_every_command_works_as_it_stands(tmp_path: Path, hub: str) -> None:
+@pytest.fixture
+def at_home(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A text of one's own in an empty folder that also has the page's plugin, and the environment of a user who stands there."""
     text = ROOT.parent / "shared" / "data" / "text" / "tinyshakespeare.txt"
     sample = tmp_path / "own.txt"
     sample.write_bytes(text.read_bytes() if text.is_file() else (README * 40).encode())
     (tmp_path / "my_norms.py").write_text(re.search(r"<!-- plugin: my_norms.py -->\n```python\n(.*?)```", README, re.DOTALL)[1])  # type: ignore[index]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "GPTLAB_RUNS": str(tmp_path / "runs")}
-    environment |= {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+    return sample, {**os.environ, "PATH": path, "GPTLAB_RUNS": str(tmp_path / "runs")}
+
+
+def test_there_are_commands_under_the_headings() -> None:
+    assert sum(map(len, commands().values())) > 50
+    assert {"Train", "Data", "Ablate", "Sweep and compare"} < commands().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", commands())
+def test_every_command_works_as_it_stands(
+    heading: str, tmp_path: Path, at_home: tuple[Path, dict[str, str]], request: pytest.FixtureRequest
+) -> None:
+    """Those of one heading after another in one folder; `latest` is what was trained there."""
+    sample, environment = at_home
+    asked = commands()[heading]
+    if any("fineweb" in command for command in asked):
+        environment |= {"HF_ENDPOINT": request.getfixturevalue("hub"), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
     has_gpt2 = "TIKTOKEN_CACHE_DIR" in environment  # else its vocabulary would have to be fetched
-    assert len(commands()) > 12
-    for command in commands():
+    for command in asked:
         if "--against" in command:
             continue  # needs a nanoGPT checkout
         if not has_gpt2 and any(word in command for word in ("fineweb", "gpt2", "bench data")):
@@ -107,8 +133,11 @@ def test_every_command_works_as_it_stands(tmp_path: Path, hub: str) -> None:
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_python_of_the_page_runs(tmp_path: Path, at_home: tuple[Path, dict[str, str]]) -> None:
     python = [block for block in blocks("python") if "compose" in block]
-    done = subprocess.run(
-        [sys.executable, "-c", python[0]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    command = [sys.executable, "-c", python[0]]
+    done = subprocess.run(command, cwd=tmp_path, env=at_home[1], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -165,11 +165,15 @@ def compare(
     as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A markdown table.")] = False,
     png: Annotated[Path | None, typer.Option(help="Save the loss curves here.", metavar="FILE")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="The table as comma-separated values.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page: curves, verdicts, samples.", metavar="FILE")] = None,
+    pairing: Annotated[bool, typer.Option("--pairing", help="Also what pairing by seed gains, at every step that was measured.")] = False,
 ) -> None:
     """Compare the arms of a study: each against the baseline, on paired seeds."""
     from gptlab.cli.show import compare as show
 
-    show(study, baseline=baseline, target=target, effect=effect, as_json=as_json, as_markdown=as_markdown, png=png)
+    forms = {"json": as_json, "markdown": as_markdown, "csv": as_csv}
+    show(study, baseline=baseline, target=target, effect=effect, forms=forms, png=png, html=html, paired=pairing)
 
 
 @app.command()

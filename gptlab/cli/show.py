@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from gptlab.config.errors import ConfigError
@@ -12,25 +13,51 @@ from gptlab.config.registry import components as all_components
 from gptlab.config.slots import SLOTS
 from gptlab.config.sources import config_dir
 from gptlab.study.compare import compare as compare_study
-from gptlab.study.report import draw_curves, markdown, show
+from gptlab.study.page import write_page
+from gptlab.study.pairing import markdown as pairing_markdown
+from gptlab.study.pairing import pairing
+from gptlab.study.pairing import table as pairing_table
+from gptlab.study.report import csv_table, draw_curves, markdown, show
 from gptlab.tracker.console import console, say
 
 
 def compare(
-    study: str, *, baseline: str | None, target: float | None, effect: float | None, as_json: bool, as_markdown: bool, png: Path | None
+    study: str,
+    *,
+    baseline: str | None,
+    target: float | None,
+    effect: float | None,
+    forms: Mapping[str, bool],
+    png: Path | None,
+    html: Path | None,
+    paired: bool,
 ) -> None:
-    """Print a comparison in the form that was asked for."""
+    """Print a comparison as a table, or in the one of `forms` (json, markdown, csv) that was asked for. Raises ConfigError for several."""
+    asked = [name for name, wanted in forms.items() if wanted]
+    if len(asked) > 1:
+        raise ConfigError(f"--{' and --'.join(asked)}: one form at a time goes to standard output")
+    form = asked[0] if asked else "table"
     found = compare_study(study, baseline=baseline, target=target, effect=effect)
-    if as_json:
-        print(json.dumps(found.to_json(), indent=1))
-    elif as_markdown:
-        print(markdown(found), end="")
+    gains = pairing(found.study, baseline=baseline) if paired else []
+    if form == "json":
+        print(json.dumps(found.to_json() | ({"pairing": [asdict(g) for g in gains]} if paired else {}), indent=1))
+    elif form == "markdown":
+        print(markdown(found) + (pairing_markdown(gains) if paired else ""), end="")
+    elif form == "csv":
+        print(csv_table(found), end="")
     else:
         show(found)
+        if paired:
+            console.print(pairing_table(gains))
+    said = form in ("table", "markdown")
     if png is not None:
         draw_curves(study, png)
-        if not as_json:
+        if said:
             say(f"loss curves: {png}")
+    if html is not None:
+        write_page(html, study, baseline=baseline, target=target, effect=effect)
+        if said:
+            say(f"page: {html}")
 
 
 def components(slot: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -92,6 +93,18 @@ class Prepared:
         if self.parts:
             found["val"] = [h for part in self.parts.values() for h in part.held_out["val"]]
         return found
+
+    @cached_property
+    def held_out_text(self) -> str | None:
+        """SHA-256 of the text of the set `val`, its documents joined by a blank line, whatever the tokeniser; None of a task."""
+        if self.task is not None:
+            return None
+        val = self.stream("val")
+        ids = val.window(0, len(val))
+        end = self.tokenizer.end_of_text
+        documents = [ids] if end is None else np.split(ids, np.flatnonzero(ids == end))
+        text = "\n\n".join(self.tokenizer.decode([i for i in part.tolist() if i != end]) for part in documents)
+        return hashlib.sha256(text.strip("\n").encode("utf-8", "surrogatepass")).hexdigest()
 
     def stream(self, split: str) -> TokenStream:
         """The tokens of a split. Raises DataError when there is no such split, or a shard is missing or altered.

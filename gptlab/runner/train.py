@@ -269,7 +269,8 @@ def _write_down(trainer: Trainer) -> None:
     data, run = trainer.data, trainer.run
     run.write("config.json", codec.to_json(trainer.config))
     parts = {"parts": {name: part.manifest for name, part in data.parts.items()}} if data.parts else {}
-    run.write("data.json", {"folder": str(data.folder), "hash": data.hash, "held_out": data.held_out, "manifest": data.manifest, **parts})
+    held_out = {"held_out": data.held_out, "held_out_text": data.held_out_text}
+    run.write("data.json", {"folder": str(data.folder), "hash": data.hash, **held_out, "manifest": data.manifest, **parts})
     run.write("environment.json", environment(trainer.device) | {"ranks": trainer.world.size})
     (run.directory / "tokenizer.json").write_bytes((data.folder / "tokenizer.json").read_bytes())
     (run.directory / "failed.json").unlink(missing_ok=True)

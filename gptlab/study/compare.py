@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from gptlab.study.text import TextInterval, text_interval
 from gptlab.study.verdict import EFFECT, Verdict, judge
 
 SAME_WEIGHTS = 0.995  # the share of initial weights from which two arms begin alike
-METRIC, ACCURACY = "val/loss", "val/accuracy"
+METRIC, ACCURACY, PER_BYTE = "val/loss", "val/accuracy", "val/bits_per_byte"
 
 
 @dataclass
@@ -127,7 +128,7 @@ def compare(study: str, *, baseline: str | None = None, target: float | None = N
     knowing; unless given, what the study was launched with.
 
     Raises ConfigError when the study is unknown or has no finished run, the baseline is not an arm, or the arms were not
-    measured on the same tokens.
+    measured on the same text. Arms with different tokenisers are compared in bits per byte, of the whole held-out set.
     """
     arms, notes = collect(study)
     if not arms:
@@ -135,12 +136,13 @@ def compare(study: str, *, baseline: str | None = None, target: float | None = N
     told = read_ablation(study)
     if effect is not None and not effect > 0:
         raise ConfigError(f"--effect {effect:g} must be above 0: it is the smallest difference of {METRIC} worth knowing")
-    base = _baseline(arms, baseline or (told.get("baseline") if any(a.label == told.get("baseline") for a in arms) else None))
-    notes += _comparable(arms) + _starts(told, base) + _looked(told, max(len(a.runs) for a in arms))
+    base = base_of(study, arms, baseline)
+    metric, remarks = _comparable(arms)
+    notes += remarks + _starts(told, base) + _looked(told, max(len(a.runs) for a in arms))
     ordered = [base, *(a for a in arms if a is not base)]
-    losses = {a.key: {seed: float(s[METRIC]) for seed, s in a.summaries.items() if METRIC in s} for a in ordered}
+    losses = {a.key: {seed: float(s[metric]) for seed, s in a.summaries.items() if metric in s} for a in ordered}
     verdicts = judge(losses, base.key, effect=effect or float(told.get("effect", EFFECT)), looks=told.get("looks", ()))
-    return Comparison(study, METRIC, [_row(a, base, losses, verdicts.get(a.key), target) for a in ordered], notes, target)
+    return Comparison(study, metric, [_row(a, base, losses, verdicts.get(a.key), target, metric) for a in ordered], notes, target)
 
 
 def _looked(told: dict[str, Any], seeds: int) -> list[str]:
@@ -164,7 +166,13 @@ def _starts(told: dict[str, Any], base: Arm) -> list[str]:
     return [f"{label} shares {share:.0%} of the baseline's initial weights" for label, share in other.items()]
 
 
-def _baseline(arms: list[Arm], named: str | None) -> Arm:
+def base_of(study: str, arms: list[Arm], named: str | None = None) -> Arm:
+    """The arm that the others are compared with: the one named here, else the one the study was launched with, else the first.
+
+    Raises ConfigError where the named one is none of the arms.
+    """
+    launched = read_ablation(study).get("baseline")
+    named = named or (launched if any(a.label == launched for a in arms) else None)
     if named is None:
         return arms[0]
     for arm in arms:
@@ -174,7 +182,7 @@ def _baseline(arms: list[Arm], named: str | None) -> Arm:
     raise ConfigError(f"--baseline {named!r} is not an arm{suggest(named, labels)}; there are: {'; '.join(labels)}")
 
 
-def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Verdict | None, target: float | None) -> Row:
+def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Verdict | None, target: float | None, metric: str) -> Row:
     losses, base_losses = measured[arm.key], measured[base.key]
     paired = sorted(losses.keys() & base_losses.keys())
     differences = [losses[s] - base_losses[s] for s in paired]
@@ -189,7 +197,7 @@ def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Ve
         seeds=sorted(arm.runs),
         loss=mean_interval(list(losses.values())),
         verdict=verdict,
-        text=text_interval(arm.runs, base.runs) if arm is not base else None,
+        text=text_interval(arm.runs, base.runs) if arm is not base and metric == METRIC else None,
         pairing_gain=gain,
         parameters=int(arm.mean("parameters") or 0),
         steps=arm.mean("step") or 0.0,
@@ -205,31 +213,46 @@ def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Ve
 
 def _extra_names(arm: Arm) -> list[str]:
     standard = ("train/", "memory/", "data/", "machine/")
-    told = (METRIC, "val/bits_per_byte")  # the second is the first in another unit
+    told = (METRIC, PER_BYTE)  # the second is the first in another unit
     names = {n for s in arm.summaries.values() for n in s if "/" in n and n not in told and not n.startswith(standard)}
     return sorted(names)
 
 
-def _comparable(arms: list[Arm]) -> list[str]:
-    """Notes on what else differs. Raises ConfigError when the losses are not of the same tokens."""
+def tokenizers(arms: Sequence[Arm]) -> set[str]:
+    """The hashes of the tokenisers of all runs: with several, losses a token say nothing of one another."""
+    manifests = [(run.read("data.json") or {}).get("manifest", {}) for arm in arms for run in arm.runs.values()]
+    return {str(manifest.get("tokenizer", {}).get("sha256")) for manifest in manifests}
+
+
+def _comparable(arms: list[Arm]) -> tuple[str, list[str]]:
+    """The metric to compare, and notes on what else differs. Raises ConfigError when the losses are not of the same text."""
     notes: list[str] = []
     measured: dict[str, str] = {}
+    texts: set[str | None] = set()
     facts: dict[str, set[str]] = defaultdict(set)
     for arm in arms:
         for run in arm.runs.values():
             data, environment = run.read("data.json") or {}, run.read("environment.json") or {}
             tokens = f"{data.get('manifest', {}).get('tokenizer', {}).get('sha256')} {data.get('held_out', {}).get('val')}"
             measured.setdefault(tokens, arm.label)
+            texts.add(data.get("held_out_text"))
             facts["gptlab sources"].add(str(environment.get("source")))
             facts["torch"].add(str(environment.get("packages", {}).get("torch")))
             hardware = environment.get("hardware", {})
             facts["hardware"].add(f"{hardware.get('gpu') or hardware.get('cpu')} {hardware.get('device')}")
-    if len(measured) > 1:
-        names = " and ".join(repr(a) for a in measured.values())
-        raise ConfigError(f"the arms {names} were measured on different validation tokens: their losses cannot be compared")
     limits = {arm.label: _setting(arm, "data", "validation_tokens") for arm in arms}
     if len(set(limits.values())) > 1:
         raise ConfigError(f"the arms were measured on different numbers of tokens (data.validation_tokens: {limits}); use one for all")
+    metric = METRIC
+    if len(measured) > 1:
+        names = " and ".join(repr(a) for a in measured.values())
+        refused = f"the arms {names} were measured on different validation tokens: their losses cannot be compared"
+        if len(texts) > 1 or None in texts:
+            raise ConfigError(refused)
+        if any(limits.values()):
+            raise ConfigError(f"{refused}, nor their bits per byte: windows of different text; data.validation_tokens=0 measures all of it")
+        metric = PER_BYTE
+        notes.append(f"{names} have different tokenisers and the same held-out text, all of it measured: compared in bits per byte")
     for what, values in facts.items():
         if len(values) > 1:
             notes.append(f"mixed {what}: {', '.join(sorted(values))}")
@@ -243,7 +266,7 @@ def _comparable(arms: list[Arm]) -> list[str]:
         notes.append("the arms have different numbers of seeds; differences use the seeds both have")
     if max(counts) == 1:
         notes.append("one seed only: the differences have no interval")
-    return notes
+    return metric, notes
 
 
 def _setting(arm: Arm, part: str, name: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.errors import ConfigError
-from gptlab.study.compare import ACCURACY, METRIC, Arm, Comparison, Row, collect
+from gptlab.study.compare import ACCURACY, METRIC, PER_BYTE, Arm, Comparison, Row, collect, tokenizers
 from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import curve
@@ -71,7 +73,13 @@ def table(comparison: Comparison) -> Table:
     )
     columns = headers(comparison)
     for i, header in enumerate(columns):
-        shown.add_column(header, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold", min_width=16 if i == 0 else None)
+        shown.add_column(
+            comparison.metric if header == METRIC else header,
+            justify="left" if i == 0 else "right",
+            no_wrap=i > 0,
+            overflow="fold",
+            min_width=16 if i == 0 else None,
+        )
     for row in comparison.rows:
         values: list[str | Text] = list(cells(row, columns))
         if row.verdict and row.verdict.kind in _COLOURS_OF:
@@ -143,13 +151,29 @@ def _against_target(row: Row, target: float) -> str:
 def markdown(comparison: Comparison) -> str:
     """The comparison as a markdown table with its remarks."""
     columns = headers(comparison)
-    lines = [" | ".join(("", *columns, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
+    names = [comparison.metric if column == METRIC else column for column in columns]
+    lines = [" | ".join(("", *names, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
     lines += [" | ".join(("", *cells(row, columns), "")).strip() for row in comparison.rows]
     notes = remarks(comparison)
     for name in sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY}):
         values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)
         notes.append(f"{name}: {values}")
     return "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
+
+
+def csv_table(comparison: Comparison) -> str:
+    """The comparison as comma-separated values, every number in full: a line an arm, what else was measured in columns of its own."""
+    extra = sorted({name for row in comparison.rows for name in row.extra})
+    plain = ("parameters", "steps", "tokens", "flops", "seconds", "tokens_per_second", "peak_memory", "pairing_gain")
+    written = io.StringIO()
+    lines = csv.writer(written, lineterminator="\n")
+    lines.writerow(["arm", "seeds", comparison.metric, "difference", "half_width", "verdict", "p", *plain, *extra])
+    for row in comparison.rows:
+        gap, verdict = row.difference, row.verdict
+        told = [gap.mean if gap else "", gap.half if gap else "", verdict.kind if verdict else "baseline", verdict.p if verdict else ""]
+        values = [getattr(row, name) for name in plain] + [row.extra.get(name) for name in extra]
+        lines.writerow([row.label, " ".join(map(str, row.seeds)), row.loss.mean, *told, *("" if v is None else v for v in values)])
+    return written.getvalue()
 
 
 # Okabe & Ito's palette, told apart by the colour-blind; black is the baseline's.
@@ -168,6 +192,8 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
 
     found = list(arms) if arms is not None else collect(study)[0]
     metric = ACCURACY if found and all(ACCURACY in s for arm in found for s in arm.summaries.values()) else METRIC
+    if metric == METRIC and len(tokenizers(found)) > 1:
+        metric = PER_BYTE
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     ends: list[tuple[float, str, str]] = []
     lowest, highest = float("inf"), float("-inf")

@@ -270,31 +270,30 @@ def faulty(corpus_file: Path, kind: str, *more: str) -> list[str]:
     return tiny(corpus_file, strategy(kind), *saved, "hardware.precision=fp32", "model.dropout=0.1", *more, steps=20)
 
 
+@dataclass
+class Interrupted:
+    """A run that something befell, and the command that goes on with it: the same, without the fault."""
+
+    name: str
+    kind: str
+    job: Job
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, variables: dict[str, str]) -> Made:
-    """The run that nothing befalls, by either strategy."""
-    root = tmp_path_factory.mktemp("uninterrupted")
-    jobs = [Job(root / kind, faulty(corpus_file, kind)) for kind in STRATEGIES]
-    return Made(root, dict(zip(STRATEGIES, trained(root, jobs, environment=variables), strict=True)))
+def interrupted() -> list[Interrupted]:
+    """The runs that the tests of this file interrupted; the last test goes on with all of them in one launch."""
+    return []
 
 
 @pytest.fixture
-def resumes(uninterrupted: Made, corpus_file: Path, tmp_path: Path) -> Any:
-    """Run the same command again, without its fault: the weights must be those of the run that nothing befell."""
+def to_resume(interrupted: list[Interrupted], corpus_file: Path, request: pytest.FixtureRequest) -> Any:
+    """Called by a test at its end: what it interrupted can be gone on with."""
 
-    def check(kind: str, *more: str) -> None:
-        runs = Path(os.environ["GPTLAB_RUNS"])
-        (again,) = trained(tmp_path, [Job(runs, faulty(corpus_file, kind, *more))])
-        assert [o["state"] for o in again] == ["done", "done"]
-        run = run_in(runs)
-        assert list(losses(run)) == list(range(1, 21))
-        assert losses(run) == losses(uninterrupted.run(kind))
-        theirs = weights(run)
-        for name, value in weights(uninterrupted.run(kind)).items():
-            assert torch.equal(theirs[name], value), name
-        assert not list(run.checkpoints.glob(".*")), "nothing temporary stays"
+    def note(kind: str, *more: str) -> None:
+        job = Job(Path(os.environ["GPTLAB_RUNS"]), faulty(corpus_file, kind, *more))
+        interrupted.append(Interrupted(request.node.name, kind, job))
 
-    return check
+    return note
 
 
 def our_run() -> Run:
@@ -305,7 +304,7 @@ LOST = "gptlab: another rank died or did not answer in time"
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_a_killed_rank_takes_the_other_along_and_costs_no_number(corpus_file: Path, tmp_path: Path, resumes: Any, kind: str) -> None:
+def test_a_killed_rank_takes_the_other_along_and_costs_no_number(corpus_file: Path, tmp_path: Path, to_resume: Any, kind: str) -> None:
     with gptlab(tmp_path, *faulty(corpus_file, kind, *fault("kill_at", step=13, rank=1))) as ranks:
         assert ranks.wait() != 0
         assert ranks.codes == {0: 74, 1: -9}
@@ -315,21 +314,21 @@ def test_a_killed_rank_takes_the_other_along_and_costs_no_number(corpus_file: Pa
         assert not ranks.tracebacks
     assert (our_run().read("failed.json") or {})["code"] == 74
     assert checkpoint.step_of(checkpoint.require_good(our_run().checkpoints)) == 10
-    resumes(kind)
+    to_resume(kind)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_the_first_rank_killed_costs_no_number(corpus_file: Path, tmp_path: Path, resumes: Any, kind: str) -> None:
+def test_the_first_rank_killed_costs_no_number(corpus_file: Path, tmp_path: Path, to_resume: Any, kind: str) -> None:
     with gptlab(tmp_path, *faulty(corpus_file, kind, *fault("kill_at", step=13, rank=0))) as ranks:
         assert ranks.wait() != 0
         assert ranks.codes == {0: -9, 1: 74}
         assert "Traceback" in (our_run().directory / "log.1.txt").read_text()
         assert ranks.said[0].startswith(LOST.replace("gptlab: ", "gptlab: rank 1: "))
-    resumes(kind)
+    to_resume(kind)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_sigterm_to_torchrun_ends_all_ranks_at_one_step(corpus_file: Path, tmp_path: Path, resumes: Any, kind: str) -> None:
+def test_sigterm_to_torchrun_ends_all_ranks_at_one_step(corpus_file: Path, tmp_path: Path, to_resume: Any, kind: str) -> None:
     paced = ["+callback@callbacks.pace=pace", "callbacks.pace.seconds=0.3"]
     with gptlab(tmp_path, *faulty(corpus_file, kind, *paced)) as ranks:
         until(lambda: list(Path(os.environ["GPTLAB_RUNS"]).glob("*/*/metrics.jsonl")) and len(losses(our_run())) > 2, "three steps")
@@ -342,21 +341,21 @@ def test_sigterm_to_torchrun_ends_all_ranks_at_one_step(corpus_file: Path, tmp_p
     assert run.state == "stopped"
     assert checkpoint.step_of(checkpoint.require_good(run.checkpoints)) == max(losses(run))
     assert "stopped at step" in (run.directory / "log.1.txt").read_text()
-    resumes(kind)
+    to_resume(kind)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_to_one_rank_ends_both_at_one_step(corpus_file: Path, tmp_path: Path, resumes: Any, kind: str, rank: int) -> None:
+def test_sigterm_to_one_rank_ends_both_at_one_step(corpus_file: Path, tmp_path: Path, to_resume: Any, kind: str, rank: int) -> None:
     with gptlab(tmp_path, *faulty(corpus_file, kind, *fault("signal_at", step=8, rank=rank))) as ranks:
         assert ranks.wait() != 0
         assert ranks.codes == {0: 75, 1: 75}
     assert checkpoint.step_of(checkpoint.require_good(our_run().checkpoints)) in (8, 9)
-    resumes(kind)
+    to_resume(kind)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
-def test_a_clusters_warning_that_torchrun_passes_on_ends_all_ranks(corpus_file: Path, tmp_path: Path, resumes: Any, name: str) -> None:
+def test_a_clusters_warning_that_torchrun_passes_on_ends_all_ranks(corpus_file: Path, tmp_path: Path, to_resume: Any, name: str) -> None:
     paced = ["+callback@callbacks.pace=pace", "callbacks.pace.seconds=0.3"]
     handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
     with gptlab(tmp_path, *faulty(corpus_file, "ddp", *paced), options=handled) as ranks:
@@ -365,17 +364,17 @@ def test_a_clusters_warning_that_torchrun_passes_on_ends_all_ranks(corpus_file: 
         assert ranks.wait() != 0
         assert any(name in line for line in ranks.said), ranks.output
     assert our_run().state == "stopped"
-    resumes("ddp")
+    to_resume("ddp")
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-def test_a_rank_that_hangs_is_given_up_after_the_time_out(corpus_file: Path, tmp_path: Path, resumes: Any, kind: str) -> None:
+def test_a_rank_that_hangs_is_given_up_after_the_time_out(corpus_file: Path, tmp_path: Path, to_resume: Any, kind: str) -> None:
     hung = [*fault("hang_at", step=13, rank=1), "hardware.strategy.timeout=0.1"]
     with gptlab(tmp_path, *faulty(corpus_file, kind, *hung)) as ranks:
         assert ranks.wait(120) != 0
         assert ranks.codes == {0: 74, 1: -9}
         assert [line[: len(LOST)] for line in ranks.said] == [LOST]
-    resumes(kind)
+    to_resume(kind)
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
@@ -387,7 +386,7 @@ def test_a_rank_that_hangs_is_given_up_after_the_time_out(corpus_file: Path, tmp
     ],
 )
 def test_a_failure_of_one_rank_is_told_in_its_log_and_hangs_nobody(
-    corpus_file: Path, tmp_path: Path, resumes: Any, kind: str, failure: str, said: str
+    corpus_file: Path, tmp_path: Path, to_resume: Any, kind: str, failure: str, said: str
 ) -> None:
     split = "hardware.micro_batch=2"
     with gptlab(tmp_path, *faulty(corpus_file, kind, split, *fault("raise_at", step=13, rank=1, kind=failure))) as ranks:
@@ -400,7 +399,7 @@ def test_a_failure_of_one_rank_is_told_in_its_log_and_hangs_nobody(
     if failure == "memory":
         assert any("hardware.micro_batch=1 (now 2; the numbers stay the same)" in line for line in ranks.said)
     assert checkpoint.step_of(checkpoint.require_good(our_run().checkpoints)) == 10
-    resumes(kind, split)
+    to_resume(kind, split)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -418,7 +417,7 @@ def test_a_sweep_ends_at_once_when_one_rank_fails_alone(corpus_file: Path, tmp_p
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_under_one_shard_ends_all_ranks_and_leaves_the_older_checkpoints(
-    corpus_file: Path, tmp_path: Path, resumes: Any, rank: int
+    corpus_file: Path, tmp_path: Path, to_resume: Any, rank: int
 ) -> None:
     with gptlab(tmp_path, *faulty(corpus_file, "fsdp", *fault("full_disk", step=10, rank=rank))) as ranks:
         assert ranks.wait(120) != 0
@@ -427,7 +426,7 @@ def test_a_full_disk_under_one_shard_ends_all_ranks_and_leaves_the_older_checkpo
     folder = our_run().checkpoints
     assert [f.name for f in folder.iterdir()] == ["step-000000005"]
     assert weights(our_run())
-    resumes("fsdp")
+    to_resume("fsdp")
 
 
 def test_a_wrong_setting_is_said_once_by_all_ranks(corpus_file: Path, tmp_path: Path) -> None:
@@ -445,3 +444,22 @@ def test_one_rank_alone_prints(corpus_file: Path, tmp_path: Path, kind: str) -> 
         assert ranks.output.count("✓") == 1
         assert ranks.output.count("parameters, cpu x 2, fp32") == 1
         assert len([line for line in ranks.output.splitlines() if line.strip()]) == 2, ranks.output
+
+
+def test_what_was_interrupted_goes_on_with_the_same_command_and_no_number_changes(
+    interrupted: list[Interrupted], tmp_path: Path, corpus_file: Path, variables: dict[str, str]
+) -> None:
+    """The weights of each are those of the run that nothing befell, bit for bit. Needs the tests above, in this process."""
+    if not interrupted:
+        pytest.skip("nothing was interrupted: run the whole file")
+    whole = [Job(tmp_path / kind, faulty(corpus_file, kind)) for kind in STRATEGIES]
+    outcomes = trained(tmp_path, [*whole, *(i.job for i in interrupted)], environment=variables)
+    assert [o["state"] for ranks in outcomes for o in ranks] == ["done"] * 2 * len(outcomes), outcomes
+    expected = {kind: run_in(tmp_path / kind) for kind in STRATEGIES}
+    for found in interrupted:
+        run, reference = run_in(found.job.runs), expected[found.kind]
+        assert list(losses(run)) == list(range(1, 21)), found.name
+        assert losses(run) == losses(reference), found.name
+        ours, theirs = weights(reference), weights(run)
+        assert all(torch.equal(theirs[name], value) for name, value in ours.items()), found.name
+        assert not list(run.checkpoints.glob(".*")), f"{found.name}: nothing temporary stays"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,30 @@ def test_losses_on_different_tokens_are_refused(corpus_file: Path, tmp_path: Pat
     other.write_text(corpus_file.read_text(encoding="utf-8").swapcase(), encoding="utf-8")
     arm(corpus_file, f"data.corpus.path={other}", "seed=0", job=1)
     with pytest.raises(ConfigError, match="different validation tokens"):
+        compare("s")
+
+
+def test_other_tokenisers_are_compared_in_bits_per_byte_of_the_same_text(corpus_file: Path) -> None:
+    runs = [
+        arm(corpus_file, f"data/tokenizer={name}", f"seed={seed}", job=2 * i + seed)
+        for i, name in enumerate(("char", "byte"))
+        for seed in (0, 1)
+    ]
+    found = compare("s")
+    assert found.metric == "val/bits_per_byte"
+    assert [r.seeds for r in found.rows] == [[0, 1], [0, 1]]
+    # a character is a byte of this text: there the two metrics are one in another unit
+    assert found.rows[0].loss.mean == pytest.approx((loss(runs[0]) + loss(runs[1])) / 2 / math.log(2))
+    assert found.rows[1].verdict is not None
+    assert found.rows[1].text is None
+    assert any("compared in bits per byte" in note for note in found.notes)
+    assert "| arm | seeds | val/bits_per_byte |" in markdown(found)
+
+
+def test_windows_of_other_tokenisers_are_of_other_text_and_refused(corpus_file: Path) -> None:
+    for job, name in enumerate(("char", "byte")):
+        arm(corpus_file, f"data/tokenizer={name}", "data.validation_tokens=64", job=job)
+    with pytest.raises(ConfigError, match=r"windows of different text; data.validation_tokens=0 measures all of it"):
         compare("s")
 
 

@@ -1,0 +1,162 @@
+"""A comparison as one self-contained page: curves to explore, verdicts, what differs, samples, cost, and how each arm is made again.
+
+The page asks nothing of a network. Its data are a JSON text within it, with columns of numbers as `packed` makes them.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptlab.config.errors import IOFailure
+from gptlab.runner.run import Run
+from gptlab.study.compare import Arm, Comparison, collect, compare
+from gptlab.study.report import remarks
+
+ASSETS = Path(__file__).with_name("assets")
+AXES = ("step", "tokens", "flops", "seconds")
+MOST_POINTS = 2_000  # of a curve; of more every second, third, … is taken, the last among them
+LONG = 200  # points from which a column is written in steps
+NONE = 65_535  # in such a column: not a number
+LONGEST_SAMPLE = 1_500  # characters
+NOT_COMPARED = ("seed", "seeds", "study", "name", "arm", "trainer.start")  # of a config: what tells runs apart, and not arms
+
+Column = dict[str, float | int | str]
+
+
+def page(study: str, *, baseline: str | None = None, target: float | None = None, effect: float | None = None) -> str:
+    """The HTML of a study's comparison. Raises ConfigError as `compare` does."""
+    found = compare(study, baseline=baseline, target=target, effect=effect)
+    arms = {arm.label: arm for arm in collect(found.study)[0]}
+    data = {
+        "comparison": found.to_json(),
+        "remarks": remarks(found),
+        "axes": AXES,
+        "arms": [_arm(arms[row.label], found) for row in found.rows],
+        "differences": differences({row.label: _first(arms[row.label]) for row in found.rows}),
+        "made": _made([arms[row.label] for row in found.rows]),
+    }
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c")  # no tag can end the script
+    style, script, body = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
+    filled = body.replace("{{title}}", html.escape(found.study)).replace("{{style}}", style)
+    return filled.replace("{{script}}", script).replace("{{data}}", text)  # the data last: nothing in them is a place to fill
+
+
+def write_page(file: Path, study: str, **options: Any) -> Path:
+    """Write the page, whole or not at all. Raises ConfigError as `compare` does, and IOFailure."""
+    made = page(study, **options)
+    partial = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(made, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise IOFailure(f"{file} could not be written ({error.strerror})") from error
+    return file
+
+
+def _first(arm: Arm) -> Run:
+    return arm.runs[min(arm.runs)]
+
+
+def _arm(arm: Arm, found: Comparison) -> dict[str, Any]:
+    first = _first(arm)
+    samples = sorted((first.directory / "samples").glob("*.txt"))
+    sample = samples[-1].read_text(encoding="utf-8", errors="replace").strip("\n")[:LONGEST_SAMPLE] if samples else ""
+    return {
+        "label": arm.label,
+        "command": command(arm, found.study),
+        "sample": sample,
+        "sample_seed": min(arm.runs),
+        "runs": [{"seed": seed, "identity": run.identity, "curves": curves(run)} for seed, run in sorted(arm.runs.items())],
+    }
+
+
+def command(arm: Arm, study: str) -> str:
+    """The command that trains an arm with all its seeds again."""
+    chosen = [f"{key}={value}" for key, value in arm.settings.items() if key not in ("seed", "name", "study")]
+    seeds = ",".join(map(str, sorted(arm.runs)))
+    several = ["-m"] if len(arm.runs) > 1 else []
+    return shlex.join(["gptlab", "train", *several, *chosen, f"seed={seeds}", f"study={study}"])
+
+
+def curves(run: Run) -> dict[str, dict[str, Column]]:
+    """By metric the columns of its curve: the axes, and `y`. Rates and memory, which the tables tell, are left out."""
+    columns: dict[str, list[list[float]]] = {}
+    for line in run.metrics():
+        axes = [float(line.get(axis, "nan")) for axis in AXES]
+        for name, value in line.items():
+            if name in AXES or "/" not in name or name.startswith(("memory/", "data/", "machine/", "train/learning_rate")):
+                continue
+            if name != "train/tokens_per_second":
+                columns.setdefault(name, []).append([*axes, float(value)])
+    return {name: _curve(np.array(rows)) for name, rows in columns.items()}
+
+
+def _curve(rows: npt.NDArray[np.float64]) -> dict[str, Column]:
+    if len(rows) > MOST_POINTS:
+        rows = rows[::-1][:: -(-len(rows) // MOST_POINTS)][::-1]
+    return {name: packed(rows[:, i], exact=name == "step") for i, name in enumerate((*AXES, "y"))}
+
+
+def packed(values: npt.NDArray[np.float64], *, exact: bool = False) -> Column:
+    """A column in few bytes: equal steps by their ends; a short one, or one that has to be `exact` (seeds are matched by their steps), in
+    float32; a long one in 65,535 steps from its lowest value to its highest. What is not a number stays none."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    if len(finite) == len(values) and np.allclose(values, np.linspace(values[0], values[-1], len(values)), rtol=1e-7, atol=0):
+        return {"n": len(values), "first": float(values[0]), "last": float(values[-1])}
+    if exact or len(values) < LONG:
+        return {"f4": _base64(np.where(np.isfinite(values), values, np.nan).astype("<f4"))}
+    steps = np.where(np.isfinite(values), (values - low) / ((high - low) or 1.0) * (NONE - 1), NONE)
+    return {"low": low, "high": high, "u2": _base64(steps.round().astype("<u2"))}
+
+
+def _base64(values: npt.NDArray[Any]) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def differences(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """The settings in which the arms differ: of each its key and its values in the order of the arms (None: the arm has no such key)."""
+    flat = [flatten((run.read("config.json") or {}).get("config", {})) for run in runs.values()]
+    keys = [key for key in dict.fromkeys(key for settings in flat for key in settings) if not _told_elsewhere(key)]
+    found = [{"key": key, "values": [settings.get(key) for settings in flat]} for key in keys]
+    return [row for row in found if len({json.dumps(v) for v in row["values"]}) > 1]
+
+
+def _told_elsewhere(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in NOT_COMPARED) or key.startswith(("tracker", "callbacks"))
+
+
+def flatten(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A config as it lies on disk, as `{"model/norm": "rmsnorm", "model.norm.eps": 1e-6}`, without importing a component."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flatten(value, (*path, key))
+        elif key == "name" and path:
+            found["/".join(path)] = value
+        else:
+            found[".".join((*path, key))] = value
+    return found
+
+
+def _made(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Where and by what the runs were made; several answers to a question stand side by side."""
+    environments = [run.read("environment.json") or {} for arm in arms for run in arm.runs.values()]
+    hardware = [e.get("hardware", {}) for e in environments]
+    told = {
+        "gptlab": [e.get("packages", {}).get("gptlab") for e in environments],
+        "torch": [e.get("packages", {}).get("torch") for e in environments],
+        "hardware": [f"{h.get('gpu') or h.get('cpu')} ({h.get('device')})" for h in hardware],
+        "sources": [str(e.get("source"))[:12] for e in environments],
+    }
+    return {name: ", ".join(sorted({str(v) for v in values if v})) for name, values in told.items()}
