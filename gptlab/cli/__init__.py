@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-runs_app = typer.Typer(help="List, show, check, fetch and delete runs.", no_args_is_help=True)
+runs_app = typer.Typer(help="List, show, compare, check, fetch and delete runs.", no_args_is_help=True)
 components_app = typer.Typer(help="List the components; check one of your own.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
@@ -237,6 +237,25 @@ def runs_rm(run: RunArgument, yes: Annotated[bool, typer.Option("--yes", "-y", h
     from gptlab.cli.runs import remove
 
     remove(run, yes=yes)
+
+
+@runs_app.command("gc")
+def runs_gc(
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Of runs that are done, all but the newest and the best one.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete what is of no use: half-made checkpoints, and runs that failed or were left before their first."""
+    from gptlab.cli.runs_gc import collect_garbage
+
+    collect_garbage(checkpoints=checkpoints, yes=yes)
+
+
+@runs_app.command("diff")
+def runs_diff(run: RunArgument, other: RunArgument, as_json: JsonOption = False) -> None:
+    """Show in what two runs differ: settings, circumstances, last metrics."""
+    from gptlab.cli.runs_diff import diff
+
+    diff(run, other, as_json=as_json)
 
 
 @runs_app.command("verify")

@@ -173,21 +173,20 @@ def outside_sources(config: Config) -> dict[str, str]:
     return found
 
 
+def flatten_written(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `flatten` gives, of a config as it lies on disk: without its components, of which one may not be here."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flatten_written(value, (*path, key))
+        elif key == "name" and path:
+            found["/".join(path)] = value
+        else:
+            found[".".join((*path, key))] = value
+    return found
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Flat view for tables and dashboards: `model/norm: rmsnorm` for components, `model.norm.eps: 1e-6` for values."""
-    flat: dict[str, Any] = {}
-
-    def visit(value: Any, path: list[str]) -> None:
-        if isinstance(value, dict):
-            inner = dict(value)
-            if "name" in inner and path:
-                flat["/".join(path)] = inner.pop("name")
-            for key, part in inner.items():
-                visit(part, [*path, key])
-        else:
-            flat[".".join(path)] = value
-
     encoded = encode(config)
-    flat["name"] = encoded.pop("name")
-    visit(encoded, [])
-    return flat
+    return {"name": encoded.pop("name"), **flatten_written(encoded)}

@@ -43,7 +43,7 @@ from gptlab.tracker.console import PreparationProgress, RunProgress, say
 from gptlab.tracker.guard import Guarded
 from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.none import NoTracker
-from gptlab.tracker.protocol import Metrics, RunInfo
+from gptlab.tracker.protocol import Metrics, RunInfo, Tracker
 
 _LAST: list[weakref.ref[Trainer]] = []  # the trainer of this process's last run: its memory is free before the next begins
 MIRROR_SECONDS, STOPPED_MIRROR_SECONDS = 600.0, 60.0  # that the end of a run waits for its mirror
@@ -125,6 +125,7 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
             if missing:
                 say((missing, "yellow"))
         return _skip(run, done, request.title)
+    tracker: Tracker = build(resolved.tracker)
     trainer = _built(resolved, data, run, request.started)  # what cannot be built is said before anything is made
     if origin and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints)):
         origin.found = world.share(lambda: branch.check(trainer, origin))
@@ -144,7 +145,7 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
         if resolved.trainer.mirror and world.first:
             held.enter_context(_mirrored(trainer, request.rerun))  # outside the log, so that a failure is copied too
         held.enter_context(Log(run, trainer))
-        return _train(trainer, request.title, origin)
+        return _train(trainer, Guarded(tracker), request.title, origin)
 
 
 def _with_fitting_micro_batch(config: Config, data: Prepared, world: World) -> Config:
@@ -207,7 +208,7 @@ def _clear(run: Run) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _train(trainer: Trainer, title: str, origin: branch.Origin | None) -> Outcome:
+def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin | None) -> Outcome:
     config, run, world = trainer.config, trainer.run, trainer.world
     if world.first:
         checkpoint.remove_partial(run.checkpoints)
@@ -226,7 +227,6 @@ def _train(trainer: Trainer, title: str, origin: branch.Origin | None) -> Outcom
             trainer.train(None, NoTracker(), progress)
         return Outcome(run, "done")
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
-    tracker = Guarded(build(config.tracker))
     info = RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged)
     code = 1
     with contextlib.ExitStack() as last:

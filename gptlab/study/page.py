@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gptlab.config import codec
 from gptlab.config.errors import IOFailure
 from gptlab.runner.run import Run
 from gptlab.study.compare import Arm, Comparison, collect, compare
@@ -126,7 +127,7 @@ def _base64(values: npt.NDArray[Any]) -> str:
 
 def differences(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     """The settings in which the arms differ: of each its key and its values in the order of the arms (None: the arm has no such key)."""
-    flat = [flatten((run.read("config.json") or {}).get("config", {})) for run in runs.values()]
+    flat = [codec.flatten_written((run.read("config.json") or {}).get("config", {})) for run in runs.values()]
     keys = [key for key in dict.fromkeys(key for settings in flat for key in settings) if not _told_elsewhere(key)]
     found = [{"key": key, "values": [settings.get(key) for settings in flat]} for key in keys]
     return [row for row in found if len({json.dumps(v) for v in row["values"]}) > 1]
@@ -134,19 +135,6 @@ def differences(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
 
 def _told_elsewhere(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in NOT_COMPARED) or key.startswith(("tracker", "callbacks"))
-
-
-def flatten(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A config as it lies on disk, as `{"model/norm": "rmsnorm", "model.norm.eps": 1e-6}`, without importing a component."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, (*path, key))
-        elif key == "name" and path:
-            found["/".join(path)] = value
-        else:
-            found[".".join((*path, key))] = value
-    return found
 
 
 def _made(arms: Sequence[Arm]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from gptlab import compose, train
+from gptlab.config import codec
 from gptlab.config.compose import settings
 from gptlab.runner.run import Run, all_runs
 from gptlab.study.compare import compare
-from gptlab.study.page import MOST_POINTS, NONE, curves, flatten, packed
+from gptlab.study.page import MOST_POINTS, NONE, curves, packed
 from gptlab.tracker.jsonl import curve
 from tests.cli.conftest import Command
 from tests.tiny import tiny
@@ -140,4 +141,4 @@ def test_two_forms_at_once_and_a_file_that_cannot_be_written_are_refused(study: 
 
 def test_a_config_is_flattened_as_it_is_written_on_the_command_line() -> None:
     config = {"model": {"width": 8, "norm": {"name": "rmsnorm", "eps": 1e-6}}, "seed": 1}
-    assert flatten(config) == {"model.width": 8, "model/norm": "rmsnorm", "model.norm.eps": 1e-6, "seed": 1}
+    assert codec.flatten_written(config) == {"model.width": 8, "model/norm": "rmsnorm", "model.norm.eps": 1e-6, "seed": 1}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from gptlab import load
 from gptlab.runner import checkpoint
 from gptlab.runner.export import read_export
-from gptlab.runner.run import Run, locked
+from gptlab.runner.run import Run, all_runs, locked
 from tests.cli.conftest import Command, Result
 from tests.conftest import MEASURED_AND_SAVED
 from tests.tiny import tiny
@@ -78,6 +80,59 @@ def test_removing_a_studys_last_own_run_keeps_what_it_shares(gptlab: Command, ru
     own = next((Path(os.environ["GPTLAB_RUNS"]) / "other").glob("*/done.json")).parent.name.rpartition("-")[2]
     assert gptlab("runs", "rm", own, "--yes").code == 0
     assert json.loads(gptlab("compare", "other", "--json").out)["rows"][0]["seeds"] == [0]
+
+
+def test_two_runs_are_told_apart(gptlab: Command, run: Run, corpus_file: Path) -> None:
+    gptlab("train", *tiny(corpus_file, *MEASURED_AND_SAVED, "model/norm=rmsnorm"))
+    other = next(r for r in all_runs() if r.identity != run.identity)
+    shown = gptlab("runs", "diff", run.identity, other.identity)
+    assert shown.code == 0, shown.err
+    assert re.search(r"model/norm +layernorm +rmsnorm", shown.out)
+    assert "val/loss" in shown.out
+    assert "model.width" not in shown.out
+    told_ = json.loads(gptlab("runs", "diff", run.identity, other.identity, "--json").out)
+    assert told_["settings"] == {"model/norm": ["layernorm", "rmsnorm"], "model.norm.eps": [1e-5, 1e-6]}
+    assert told_["made by"] == {}
+    ours, theirs = ((r.read("done.json") or {})["summary"]["val/loss"] for r in (run, other))
+    assert told_["metrics"]["val/loss"] == [ours, theirs]
+    assert "they are one run" in gptlab("runs", "diff", run.identity, run.identity).out
+    told(gptlab("runs", "diff", run.identity, "nobody"), 2, "no run matches 'nobody'")
+
+
+def test_garbage_is_what_nobody_needs_and_is_asked_for_before_it_goes(gptlab: Command, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "nothing to delete" in gptlab("runs", "gc").out
+    half = run.checkpoints / ".step-000000099.part"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    lost = Run(run.directory.with_name("lost-0123456789"))
+    lost.directory.mkdir()
+    shutil.copy(run.directory / "config.json", lost.directory)
+    lost.write("failed.json", {"code": 4, "message": "the loss is nan at step 3", "time": "now"})
+    before = [c.name for c in checkpoint.checkpoints(run.checkpoints)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    kept = gptlab("runs", "gc")
+    assert kept.code == 0, kept.err
+    assert "kept" in kept.out
+    assert "half-made" in kept.out
+    assert "the loss is nan" in " ".join(kept.out.split())
+    assert half.exists()
+    assert lost.directory.exists()
+    with locked(lost):
+        gptlab("runs", "gc", "--yes")
+        assert lost.directory.exists(), "somebody trains it"
+    assert not half.exists()
+    gptlab("runs", "gc", "--yes")
+    assert not lost.directory.exists()
+    assert [c.name for c in checkpoint.checkpoints(run.checkpoints)] == before
+    assert gptlab("runs", "verify", run.identity).code == 0
+
+
+def test_old_checkpoints_of_a_done_run_go_when_asked_for(gptlab: Command, run: Run) -> None:
+    newest, best = checkpoint.newest_good(run.checkpoints), checkpoint.best_of(run.checkpoints)
+    assert len(checkpoint.checkpoints(run.checkpoints)) > len({newest, best})
+    assert gptlab("runs", "gc", "--checkpoints", "--yes").code == 0
+    assert set(checkpoint.checkpoints(run.checkpoints)) == {c for c in (newest, best) if c is not None}
+    assert "nothing to delete" in gptlab("runs", "gc", "--checkpoints").out
 
 
 def test_a_diverged_run_is_listed_with_its_reason(gptlab: Command, corpus_file: Path) -> None:
