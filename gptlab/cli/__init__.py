@@ -177,6 +177,18 @@ def compare(
 
 
 @app.command()
+def watch(
+    study: Annotated[str, typer.Argument(help="The study to watch.")],
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1; 0: a free one.")] = 8420,
+    baseline: Annotated[str | None, typer.Option(help="The arm the others are compared with.")] = None,
+) -> None:
+    """Serve the page of `compare --html` on this machine, with the runs that still go on."""
+    from gptlab.cli.watch import watch as serve
+
+    serve(study, port=port, baseline=baseline)
+
+
+@app.command()
 def sample(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",

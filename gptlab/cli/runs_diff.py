@@ -57,7 +57,8 @@ def _last(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for line in run.metrics():
         found.update(line)
-    return found | ((run.read("done.json") or {}).get("summary", {}))
+    summary: dict[str, Any] = (run.read("done.json") or {}).get("summary", {})
+    return found | summary
 
 
 def _differing(one: dict[str, Any], two: dict[str, Any]) -> dict[str, list[Any]]:

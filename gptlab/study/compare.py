@@ -28,6 +28,7 @@ class Arm:
     settings: dict[str, str]
     runs: dict[int, Run] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    open: dict[int, Run] = field(default_factory=dict)  # the runs that are not done
 
     def mean(self, name: str) -> float | None:
         values = [float(s[name]) for s in self.summaries.values() if name in s]
@@ -80,6 +81,12 @@ class Comparison:
 
 def collect(study: str) -> tuple[list[Arm], list[str]]:
     """The study's arms with their finished runs, in the order they were asked for, and notes on what was left out."""
+    found, notes = gather(study)
+    return [a for a in found if a.runs], notes
+
+
+def gather(study: str) -> tuple[list[Arm], list[str]]:
+    """As `collect`, with the arms of which no run is finished."""
     study = find_study(study)
     by_identity = {r.identity: r for r in all_runs()}
     arms: dict[str, Arm] = {}
@@ -92,13 +99,15 @@ def collect(study: str) -> tuple[list[Arm], list[str]]:
         done = run.read("done.json") if run else None
         if run is None or done is None:
             left_out[run.state if run else "removed"] += 1
+            if run is not None:
+                arm.open[int(member["seed"])] = run
             continue
         arm.runs[int(member["seed"])] = run
         arm.summaries[int(member["seed"])] = done["summary"]
     notes = [f"{count} run{'s' if count > 1 else ''} left out: {state}" for state, count in left_out.items()]
     found = list(arms.values())
     _label(found)
-    return [a for a in found if a.runs], notes
+    return found, notes
 
 
 def _is_seed(key: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ import numpy.typing as npt
 
 from gptlab.config import codec
 from gptlab.config.errors import IOFailure
-from gptlab.runner.run import Run
-from gptlab.study.compare import Arm, Comparison, collect, compare
+from gptlab.runner.run import Run, find_study
+from gptlab.study.compare import METRIC, Arm, compare, gather
 from gptlab.study.report import remarks
 
 ASSETS = Path(__file__).with_name("assets")
@@ -33,22 +34,44 @@ NOT_COMPARED = ("seed", "seeds", "study", "name", "arm", "trainer.start")  # of 
 Column = dict[str, float | int | str]
 
 
-def page(study: str, *, baseline: str | None = None, target: float | None = None, effect: float | None = None) -> str:
-    """The HTML of a study's comparison. Raises ConfigError as `compare` does."""
-    found = compare(study, baseline=baseline, target=target, effect=effect)
-    arms = {arm.label: arm for arm in collect(found.study)[0]}
+def page(study: str, *, baseline: str | None = None, target: float | None = None, effect: float | None = None, live: bool = False) -> str:
+    """The HTML of a study's comparison. `live`: with the runs that are not done, and even where none is.
+
+    Raises ConfigError as `compare` does.
+    """
+    gathered, left_out = gather(study)
+    found = None
+    if not live or any(arm.runs for arm in gathered):
+        found = compare(study, baseline=baseline, target=target, effect=effect)
+    order = [row.label for row in found.rows] if found else []
+    shown = sorted(
+        (a for a in gathered if a.label in order or live), key=lambda a: order.index(a.label) if a.label in order else len(order)
+    )
+    name = find_study(study)
     data = {
-        "comparison": found.to_json(),
-        "remarks": remarks(found),
+        "comparison": found.to_json() if found else {"study": name, "metric": METRIC, "rows": []},
+        "remarks": remarks(found) if found else left_out,
         "axes": AXES,
-        "arms": [_arm(arms[row.label], found) for row in found.rows],
-        "differences": differences({row.label: _first(arms[row.label]) for row in found.rows}),
-        "made": _made([arms[row.label] for row in found.rows]),
+        "arms": [_arm(arm, name, live) for arm in shown],
+        "differences": differences({arm.label: _first(arm) for arm in shown}),
+        "made": _made(shown),
+        "live": live,
     }
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False, default=str).replace("<", "\\u003c")  # no tag can end the script
+    text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False, default=str).replace(
+        "<", "\\u003c"
+    )  # no tag can end the script
     style, script, body = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
-    filled = body.replace("{{title}}", html.escape(found.study)).replace("{{style}}", style)
+    filled = body.replace("{{title}}", html.escape(name)).replace("{{style}}", style)
     return filled.replace("{{script}}", script).replace("{{data}}", text)  # the data last: nothing in them is a place to fill
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite is none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_page(file: Path, study: str, **options: Any) -> Path:
@@ -65,27 +88,33 @@ def write_page(file: Path, study: str, **options: Any) -> Path:
 
 
 def _first(arm: Arm) -> Run:
-    return arm.runs[min(arm.runs)]
+    runs = arm.runs or arm.open
+    return runs[min(runs)]
 
 
-def _arm(arm: Arm, found: Comparison) -> dict[str, Any]:
-    first = _first(arm)
-    samples = sorted((first.directory / "samples").glob("*.txt"))
+def _arm(arm: Arm, study: str, live: bool) -> dict[str, Any]:
+    runs = {**arm.runs, **(arm.open if live else {})}
+    first = min(arm.runs or runs)
+    samples = sorted((runs[first].directory / "samples").glob("*.txt"))
     sample = samples[-1].read_text(encoding="utf-8", errors="replace").strip("\n")[:LONGEST_SAMPLE] if samples else ""
     return {
         "label": arm.label,
-        "command": command(arm, found.study),
+        "command": command(arm, study),
         "sample": sample,
-        "sample_seed": min(arm.runs),
-        "runs": [{"seed": seed, "identity": run.identity, "curves": curves(run)} for seed, run in sorted(arm.runs.items())],
+        "sample_seed": first,
+        "runs": [
+            {"seed": seed, "identity": run.identity, "state": "done" if seed in arm.runs else run.state, "curves": curves(run)}
+            for seed, run in sorted(runs.items())
+        ],
     }
 
 
 def command(arm: Arm, study: str) -> str:
     """The command that trains an arm with all its seeds again."""
     chosen = [f"{key}={value}" for key, value in arm.settings.items() if key not in ("seed", "name", "study")]
-    seeds = ",".join(map(str, sorted(arm.runs)))
-    several = ["-m"] if len(arm.runs) > 1 else []
+    runs = sorted(arm.runs or arm.open)
+    seeds = ",".join(map(str, runs))
+    several = ["-m"] if len(runs) > 1 else []
     return shlex.join(["gptlab", "train", *several, *chosen, f"seed={seeds}", f"study={study}"])
 
 
@@ -139,7 +168,7 @@ def _told_elsewhere(key: str) -> bool:
 
 def _made(arms: Sequence[Arm]) -> dict[str, Any]:
     """Where and by what the runs were made; several answers to a question stand side by side."""
-    environments = [run.read("environment.json") or {} for arm in arms for run in arm.runs.values()]
+    environments = [run.read("environment.json") or {} for arm in arms for run in (*arm.runs.values(), *arm.open.values())]
     hardware = [e.get("hardware", {}) for e in environments]
     told = {
         "gptlab": [e.get("packages", {}).get("gptlab") for e in environments],

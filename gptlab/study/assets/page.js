@@ -60,6 +60,11 @@
 
   const WORDS = { better: "better", worse: "worse", same: "no difference", undecided: "undecided", none: "" };
   function verdictTable() {
+    if (!rows.length) {
+      $("s-verdict").remove();
+      $("summary").textContent = "no run is finished yet";
+      return;
+    }
     const extra = [...new Set(rows.flatMap((r) => Object.keys(r.extra)))].sort();
     const head = ["arm", "seeds", comparison.metric, "difference, 95 %", "verdict", "parameters", "steps", "tokens", "FLOPs",
       "time", "tokens/s", "peak memory", ...extra];
@@ -74,14 +79,14 @@
     const judged = rows.filter((r) => r.verdict_text);
     const counts = Object.entries(WORDS).map(([kind, word]) => [judged.filter((r) => r.verdict.kind === kind).length, word]);
     const told = counts.filter(([n, word]) => n && word).map(([n, word]) => `${n} ${word}`).join(", ");
-    const runs = arms.reduce((sum, arm) => sum + arm.runs.length, 0);
+    const runs = arms.reduce((sum, arm) => sum + arm.runs.filter((run) => run.state === "done").length, 0);
     $("summary").textContent = `${rows.length} arm${rows.length > 1 ? "s" : ""}, ${runs} runs; against ${rows[0].label}: ${told || "no verdict yet"}`;
   }
   function differsTable() {
     if (!data.differences.length) return $("s-differs").remove();
     const shown = (v) => (v === null || v === undefined ? "" : typeof v === "string" ? v : JSON.stringify(v));
-    const words = new Set(rows.map((_, i) => i + 1));
-    return $("differs").append(tableOf(["setting", ...rows.map((r) => r.label)], data.differences.map((d) => [d.key, ...d.values.map(shown)]), words));
+    const words = new Set(arms.map((_, i) => i + 1));
+    return $("differs").append(tableOf(["setting", ...arms.map((arm) => arm.label)], data.differences.map((d) => [d.key, ...d.values.map(shown)]), words));
   }
   function samples() {
     const told = arms.filter((arm) => arm.sample);
@@ -108,6 +113,16 @@
     if (!told.length) $("notes").append(el("li", {}, "none"));
     const made = Object.entries(data.made).filter(([, value]) => value).map(([name, value]) => `${name} ${value}`);
     $("made").textContent = `made by ${made.join(" · ")}`;
+  }
+
+  /** What a study that is watched is doing now; the server has the page loaded again. */
+  function progress() {
+    const open = arms.flatMap((arm) => arm.runs.filter((run) => run.state !== "done").map((run) => {
+      const steps = Object.values(run.curves).map((curve) => column(curve.step)).map((s) => s[s.length - 1]);
+      return `${arm.label}, seed ${run.seed}: ${run.state}${steps.length ? ` at step ${whole(Math.max(...steps))}` : ""}`;
+    }));
+    const more = open.length > 6 ? `; and ${open.length - 6} more` : "";
+    if (data.live) $("progress").textContent = open.length ? open.slice(0, 6).join("; ") + more : "every run that was begun is done";
   }
 
   // --- the forest of differences ---------------------------------------------------------------------------------------------
@@ -338,10 +353,11 @@
     const first = found.includes(comparison.metric) ? comparison.metric : found[0];
     $("metric").append(...found.map((name) => el("option", { selected: name === first }, name)));
     $("axis").append(...axes.map((name) => el("option", { value: name }, name)));
-    for (const id of ["metric", "axis", "smooth", "seeds", "logx"]) $(id).addEventListener("input", refresh);
+    recall();
+    for (const id of CONTROLS) $(id).addEventListener("input", () => { refresh(); remember(); });
     $("legend").append(...arms.map((arm, i) => {
-      const box = el("input", { type: "checkbox", checked: true });
-      box.addEventListener("input", () => { if (box.checked) hidden.delete(i); else hidden.add(i); refresh(); });
+      const box = el("input", { type: "checkbox", checked: !hidden.has(i) });
+      box.addEventListener("input", () => { if (box.checked) hidden.delete(i); else hidden.add(i); refresh(); remember(); });
       const swatch = svg("svg", { viewBox: "0 0 28 10", "aria-hidden": "true", class: "swatch" });
       swatch.append(svg("line", { x1: 0, x2: 28, y1: 5, y2: 5, "stroke-width": 3, "stroke-dasharray": dash(i).join(" ") }));
       return el("label", {}, box, swatch, arm.label);
@@ -357,6 +373,23 @@
     });
     canvas.addEventListener("blur", () => point(null));
   }
+  /** What is shown stands in the address, so that it survives a reload and can be sent on. */
+  const CONTROLS = ["metric", "axis", "smooth", "seeds", "logx"];
+  const value = (control) => (control.type === "checkbox" ? String(control.checked) : control.value);
+  function remember() {
+    const told = new URLSearchParams(CONTROLS.map((id) => [id, value($(id))]));
+    if (hidden.size) told.set("hidden", [...hidden].join(","));
+    history.replaceState(null, "", `#${told}`);
+  }
+  function recall() {
+    const told = new URLSearchParams(location.hash.slice(1));
+    for (const id of CONTROLS.filter((name) => told.has(name))) {
+      const control = $(id);
+      if (control.type === "checkbox") control.checked = told.get(id) === "true";
+      else if (control.tagName !== "SELECT" || [...control.options].some((o) => o.value === told.get(id))) control.value = told.get(id);
+    }
+    for (const i of (told.get("hidden") ?? "").split(",").filter(Boolean)) hidden.add(Number(i));
+  }
   function paint() {
     [...$("legend").querySelectorAll("line")].forEach((line, i) => line.setAttribute("stroke", colour(i)));
     if ($("forest")) forest();
@@ -364,6 +397,7 @@
   }
 
   verdictTable();
+  progress();
   differsTable();
   samples();
   again();
