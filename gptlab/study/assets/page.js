@@ -250,7 +250,7 @@
     const xs = lines.flatMap((l) => [at(l.x.find((v) => !log || v > 0) ?? 1), at(l.x[l.x.length - 1])]);
     const [x0, x1] = range(xs, 1);
     // the first steps, from far above, would leave the rest no room
-    const [y0, y1] = range(lines.flatMap((l) => [...l.mean, ...(l.low ?? []), ...(l.high ?? [])]), lines.some((l) => l.x.length > 30) ? 0.97 : 1);
+    const [y0, y1] = range(lines.flatMap((l) => [...l.mean, ...(l.low ?? []), ...(l.high ?? [])]), !log && lines.some((l) => l.x.length > 30) ? 0.97 : 1);
     const pad = (y1 - y0) * 0.05;
     const X = (v) => box.left + ((at(v) - x0) / (x1 - x0)) * (box.right - box.left);
     const Y = (v) => box.bottom - ((v - y0 + pad) / (y1 - y0 + 2 * pad)) * (box.bottom - box.top);
