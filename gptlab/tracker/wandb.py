@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from gptlab.config.registry import register
 from gptlab.tracker.guard import TrackerWarning
 from gptlab.tracker.protocol import Metrics, RunInfo
 
+_LAUNCH = "wandb.sdk.launch.inputs.internal"
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a server that does not answer
+
+
+@contextlib.contextmanager
+def _without_launch() -> Iterator[None]:
+    """Spare the client the import of `wandb launch`, in which it looks at every start for inputs that only a launched program stages:
+    a quarter of the time from the command to the first step. Without it, it goes on."""
+    if _LAUNCH in sys.modules:
+        yield
+        return
+    sys.modules[_LAUNCH] = None  # type: ignore[assignment]  # an import of it fails at once
+    try:
+        yield
+    finally:
+        sys.modules.pop(_LAUNCH, None)
 
 
 class _Wandb:
@@ -42,6 +60,10 @@ class _Wandb:
         import wandb
 
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        with _without_launch():
+            return self._begun(wandb, run, mode)
+
+    def _begun(self, wandb: Any, run: RunInfo, mode: str) -> Any:
         return wandb.init(
             project=self.project,
             entity=self.entity,
@@ -50,7 +72,7 @@ class _Wandb:
             group=run.study,
             config=run.config,
             dir=str(run.directory),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(
