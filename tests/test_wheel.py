@@ -49,6 +49,7 @@ def test_a_sweep_runs_from_the_wheel_in_an_empty_folder(wheel: Path, tmp_path: P
     )
     assert str(site) in where.stdout
     command = [sys.executable, "-m", "gptlab", "train", "experiment=quickstart", "trainer.budget=4steps", "data.validation_tokens=1024"]
+    command.append("callbacks.samples.tokens=4")
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "12 runs: 12 trained, 0 skipped, 0 failed" in done.stdout
