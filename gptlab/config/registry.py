@@ -37,7 +37,7 @@ BUILTIN = (
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),
     *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant", "inverse_sqrt", "cooldown")),
     "gptlab.objective.lm",
-    *(f"gptlab.tracker.{m}" for m in ("none", "tensorboard", "wandb")),
+    *(f"gptlab.tracker.{m}" for m in ("none", "wandb", "tensorboard")),
     "gptlab.runner.callbacks",
     "gptlab.runner.averages",
     "gptlab.runner.diagnostics",

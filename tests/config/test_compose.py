@@ -120,7 +120,7 @@ SENTENCES = [
     (["model.depth=${model.wdth}"], "model.depth: ${model.wdth} names a key that is not there (did you mean model.width?)"),
     (["data=text"], "data.corpus.path has no value: give it on the command line with data.corpus.path=…"),
     (["data/corpus=text"], "data.corpus.path has no value: give it on the command line with data.corpus.path=…"),
-    (["~tracker"], "tracker has no component: choose one with tracker=none, offline or wandb"),
+    (["~tracker"], "tracker has no component: choose one with tracker=none, offline, wandb or tensorboard"),
     (["data.validation.x=f"], "data.validation.x is a new set, which takes a plus: +data.validation.NAME=FILE"),
     (["name=${oc.env:HOME}"], "name: ${oc.env:…} would write the environment into the run; give the value itself"),
     (["model.width"], "'model.width' is not an override (missing EQUAL at '<EOF>'); write key=value"),
