@@ -54,7 +54,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const dark = () => css("color-scheme") === "dark" || getComputedStyle(document.documentElement).colorScheme === "dark";
   const colour = (i) => (i === 0 ? css("--ink") : (dark() ? DARK : LIGHT)[(i - 1) % LIGHT.length]);
-  const dash = (i) => DASHES[Math.floor(i / (LIGHT.length + 1)) % DASHES.length];
+  const dash = (i) => DASHES[i % DASHES.length]; // a line that lies on another is still seen
 
   // --- tables -----------------------------------------------------------------------------------------------------------
 
