@@ -80,7 +80,7 @@ def shortened(command: str, sample: Path) -> list[str]:
     if "data=fineweb_edu" in words:
         words = [w.replace("100M", "600k") for w in words] + ["data.corpus.held_out=100k"]
     if words[:3] == ["gptlab", "bench", "train"]:
-        words += ["--rounds", "1", "model.width=32", "model.heads=2", "model.depth=2"]
+        words += ["--rounds", "1"]
     if "experiment=workshop_shakespeare" in words:
         words.append("trainer.batch_tokens=4096")
     if words[:3] == ["gptlab", "bench", "checkpoint"]:
