@@ -20,7 +20,7 @@ INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a s
 @contextlib.contextmanager
 def _without_launch() -> Iterator[None]:
     """Spare the client the import of `wandb launch`, in which it looks at every start for inputs that only a launched program stages:
-    a quarter of the time from the command to the first step. Without it, it goes on."""
+    more than a second before the first step. Without it, it goes on."""
     if _LAUNCH in sys.modules:
         yield
         return
