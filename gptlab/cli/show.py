@@ -19,6 +19,7 @@ from gptlab.study.pairing import pairing
 from gptlab.study.pairing import table as pairing_table
 from gptlab.study.report import csv_table, draw_curves, markdown, show
 from gptlab.tracker.console import console, say
+from gptlab.tracker.jsonl import finite
 
 
 def compare(
@@ -40,7 +41,8 @@ def compare(
     found = compare_study(study, baseline=baseline, target=target, effect=effect)
     gains = pairing(found.study, baseline=baseline) if paired else []
     if form == "json":
-        print(json.dumps(found.to_json() | ({"pairing": [asdict(g) for g in gains]} if paired else {}), indent=1))
+        told = found.to_json() | ({"pairing": [asdict(g) for g in gains]} if paired else {})
+        print(json.dumps(finite(told), indent=1, allow_nan=False))
     elif form == "markdown":
         print(markdown(found) + (pairing_markdown(gains) if paired else ""), end="")
     elif form == "csv":
@@ -55,7 +57,7 @@ def compare(
         if said:
             say(f"loss curves: {png}")
     if html is not None:
-        write_page(html, study, baseline=baseline, target=target, effect=effect)
+        write_page(html, study, found)
         if said:
             say(f"page: {html}")
 

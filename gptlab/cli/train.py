@@ -195,7 +195,8 @@ def task(composed: DictConfig) -> None:
         title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (
             title if config.arm else config.name or title
         )
-        outcome = train_run(config, rerun=bool(os.environ.get(RERUN)), title=title, settings=compose.settings(overrides), job=number)
+        again, chosen = bool(os.environ.get(RERUN)), compose.settings(overrides)
+        outcome = train_run(config, rerun=again, title=title, settings=chosen, overrides=overrides, job=number)
     except GptlabError as error:
         stopped = isinstance(error, Stopped)
         told = {"code": error.code, "message": str(error), "everywhere": error.everywhere}

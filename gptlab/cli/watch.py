@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from gptlab.config.errors import ConfigError, GptlabError
 from gptlab.runner.run import find_study
+from gptlab.study.compare import compare, gather
 from gptlab.study.page import page
 from gptlab.tracker.console import say
 
@@ -40,7 +41,9 @@ class Watch(ThreadingHTTPServer):
         """The page as it is now, made anew at most every few seconds."""
         with self._making:
             if time.monotonic() - self._made > FRESH:
-                self._page = page(self.study, baseline=self.baseline, live=True).encode()
+                begun = any(arm.runs for arm in gather(self.study)[0])
+                found = compare(self.study, baseline=self.baseline) if begun else None
+                self._page = page(self.study, found, live=True).encode()
                 self._made = time.monotonic()
             return self._page
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,13 +126,13 @@ def make_directory(run: Run) -> None:
         raise IOFailure(f"{run.directory} could not be made ({error.strerror}); GPTLAB_RUNS=FOLDER puts runs elsewhere") from error
 
 
-def join_study(run: Run, config: Config, *, arm: str, settings: dict[str, str], job: int) -> None:
-    """Note in the study's folder that it compares this run. `arm` names the config less its seeds."""
+def join_study(run: Run, config: Config, *, arm: str, settings: dict[str, str], overrides: Sequence[str], job: int) -> None:
+    """Note in the study's folder that it compares this run. `arm` names the config less its seeds; `overrides` made it."""
     folder = runs_root() / config.study
     folder.mkdir(parents=True, exist_ok=True)
     settings = settings or {"name": re.sub(r",?seed=\d+", "", config.name)}
     line = {"identity": run.identity, "name": config.name, "arm": arm, "settings": settings, "seed": config.seed, "job": job}
-    line |= {"label": config.arm, "time": time.time()}
+    line |= {"label": config.arm, "overrides": list(overrides), "time": time.time()}
     with (folder / MEMBERS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

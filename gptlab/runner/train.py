@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,17 @@ class Outcome:
     message: str = ""
 
 
-def train(config: Config, *, rerun: bool = False, title: str = "", settings: dict[str, str] | None = None, job: int = -1) -> Outcome:
-    """Train a composed config to the end of its budget.
+def train(
+    config: Config,
+    *,
+    rerun: bool = False,
+    title: str = "",
+    settings: dict[str, str] | None = None,
+    overrides: Sequence[str] = (),
+    job: int = -1,
+) -> Outcome:
+    """Train a composed config to the end of its budget. `settings` name the run's arm; `overrides`, those of the command line, are noted
+    in its study, so that it can be given again.
 
     The same config again is skipped when it is done, resumed when it stopped, retried from its last good checkpoint when it
     failed; `rerun` starts over. Under torchrun every rank calls this. Raises GptlabError; the run's failed.json then holds the code and
@@ -78,7 +87,7 @@ def train(config: Config, *, rerun: bool = False, title: str = "", settings: dic
             if config.hardware.micro_batch == "auto":  # what fits depends on the vocabulary, which is known only now
                 resolved = _with_fitting_micro_batch(resolved, data, world)
             labels = dict(settings or {}) | ({"trainer.start": str(origin.step)} if origin and settings else {})
-            request = _Request(rerun, title or resolved.name or "base", labels, job, started, origin)
+            request = _Request(rerun, title or resolved.name or "base", labels, tuple(overrides), job, started, origin)
             try:
                 outcome = _find_or_train(resolved, data, world, request)
             except (Stopped, DivergedError, ElsewhereFailed):  # every rank has come to this
@@ -93,6 +102,7 @@ class _Request:
     rerun: bool
     title: str
     settings: dict[str, str]
+    overrides: tuple[str, ...]
     job: int
     started: float
     origin: branch.Origin | None
@@ -106,7 +116,7 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
     arm = branch.arm_of(resolved, data.hash, outside, world.share(lambda: branch.start_arm(run, origin)))
 
     def join_the_study() -> None:
-        join_study(run, resolved, arm=arm, settings=request.settings, job=request.job)
+        join_study(run, resolved, arm=arm, settings=request.settings, overrides=request.overrides, job=request.job)
 
     def look() -> dict[str, Any] | None:
         done = run.read("done.json")

@@ -28,6 +28,7 @@ class Arm:
     settings: dict[str, str]
     runs: dict[int, Run] = field(default_factory=dict)
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)  # of the command line that made its runs; none of those made otherwise
     open: dict[int, Run] = field(default_factory=dict)  # the runs that are not done
 
     def mean(self, name: str) -> float | None:
@@ -95,6 +96,7 @@ def gather(study: str) -> tuple[list[Arm], list[str]]:
         run = by_identity.get(member["identity"])
         settings = {k: v for k, v in member["settings"].items() if not _is_seed(k)}
         arm = arms.setdefault(member["arm"], Arm(member["arm"], "", settings))
+        arm.overrides = member.get("overrides") or arm.overrides
         arm.label = member.get("label") or arm.label  # as it is called now, whatever it was called before
         done = run.read("done.json") if run else None
         if run is None or done is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ import numpy.typing as npt
 from gptlab.config import codec
 from gptlab.config.errors import IOFailure
 from gptlab.runner.run import Run, find_study
-from gptlab.study.compare import METRIC, Arm, compare, gather
+from gptlab.study.compare import METRIC, Arm, Comparison, gather
 from gptlab.study.report import remarks
+from gptlab.tracker.jsonl import NOT_FINITE, finite
 
 ASSETS = Path(__file__).with_name("assets")
 AXES = ("step", "tokens", "flops", "seconds")
@@ -34,19 +34,11 @@ NOT_COMPARED = ("seed", "seeds", "study", "name", "arm", "trainer.start")  # of 
 Column = dict[str, float | int | str]
 
 
-def page(study: str, *, baseline: str | None = None, target: float | None = None, effect: float | None = None, live: bool = False) -> str:
-    """The HTML of a study's comparison. `live`: with the runs that are not done, and even where none is.
-
-    Raises ConfigError as `compare` does.
-    """
+def page(study: str, found: Comparison | None, *, live: bool = False) -> str:
+    """The HTML of a study's comparison. `live`: with the runs that are not done; `found` may then be None, where none is."""
     gathered, left_out = gather(study)
-    found = None
-    if not live or any(arm.runs for arm in gathered):
-        found = compare(study, baseline=baseline, target=target, effect=effect)
-    order = [row.label for row in found.rows] if found else []
-    shown = sorted(
-        (a for a in gathered if a.label in order or live), key=lambda a: order.index(a.label) if a.label in order else len(order)
-    )
+    order = {row.label: i for i, row in enumerate(found.rows if found else ())}
+    shown = sorted((a for a in gathered if live or a.label in order), key=lambda a: order.get(a.label, len(order)))
     name = find_study(study)
     data = {
         "comparison": found.to_json() if found else {"study": name, "metric": METRIC, "rows": []},
@@ -57,26 +49,16 @@ def page(study: str, *, baseline: str | None = None, target: float | None = None
         "made": _made(shown),
         "live": live,
     }
-    text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False, default=str).replace(
-        "<", "\\u003c"
-    )  # no tag can end the script
+    text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False, default=str)
+    text = text.replace("<", "\\u003c")  # no tag can end the script
     style, script, body = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
     filled = body.replace("{{title}}", html.escape(name)).replace("{{style}}", style)
     return filled.replace("{{script}}", script).replace("{{data}}", text)  # the data last: nothing in them is a place to fill
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is none."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_page(file: Path, study: str, **options: Any) -> Path:
-    """Write the page, whole or not at all. Raises ConfigError as `compare` does, and IOFailure."""
-    made = page(study, **options)
+def write_page(file: Path, study: str, found: Comparison) -> Path:
+    """Write the page, whole or not at all. Raises IOFailure."""
+    made = page(study, found)
     partial = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +91,18 @@ def _arm(arm: Arm, study: str, live: bool) -> dict[str, Any]:
     }
 
 
-def command(arm: Arm, study: str) -> str:
-    """The command that trains an arm with all its seeds again."""
-    chosen = [f"{key}={value}" for key, value in arm.settings.items() if key not in ("seed", "name", "study")]
-    runs = sorted(arm.runs or arm.open)
-    seeds = ",".join(map(str, runs))
-    several = ["-m"] if len(runs) > 1 else []
-    return shlex.join(["gptlab", "train", *several, *chosen, f"seed={seeds}", f"study={study}"])
+def command(arm: Arm, study: str) -> str | None:
+    """The command that trains an arm with all its seeds again, of an experiment's arm a line a seed, since the experiment sweeps over the
+    other arms as well. None where no `gptlab train` made it."""
+    if not arm.overrides:
+        return None
+    kept = [o for o in arm.overrides if o.lstrip("+~").partition("=")[0] not in ("seed", "study", "trainer.mirror")]
+    seeds = [str(seed) for seed in sorted(arm.runs or arm.open)]
+    if any(o.startswith("experiment=") for o in kept):
+        calls = [["hydra.mode=RUN", *kept, f"seed={seed}"] for seed in seeds]
+    else:
+        calls = [[*(["-m"] if len(seeds) > 1 else []), *kept, f"seed={','.join(seeds)}"]]
+    return "\n".join(shlex.join(["gptlab", "train", *call, f"study={study}"]) for call in calls)
 
 
 def curves(run: Run) -> dict[str, dict[str, Column]]:
@@ -126,7 +113,7 @@ def curves(run: Run) -> dict[str, dict[str, Column]]:
         for name, value in line.items():
             if name in AXES or "/" not in name or name.startswith(("memory/", "data/", "machine/", "train/learning_rate")):
                 continue
-            if name != "train/tokens_per_second":
+            if name != "train/tokens_per_second" and (not isinstance(value, str) or value in NOT_FINITE):
                 columns.setdefault(name, []).append([*axes, float(value)])
     return {name: _curve(np.array(rows)) for name, rows in columns.items()}
 

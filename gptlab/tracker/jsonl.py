@@ -39,6 +39,18 @@ class MetricsFile:
         self._file.close()
 
 
+NOT_FINITE = ("nan", "inf", "-inf")  # as metrics.jsonl has them
+
+
+def finite(value: Any) -> Any:
+    """For JSON that others read, which has no NaN: a number that is not finite is none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def _line(metrics: dict[str, Any]) -> str:
     # JSON has no NaN: a value that is not finite is written as its name
     safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}

@@ -35,3 +35,15 @@ def test_every_reading_of_a_study_has_a_gain(corpus_file: Path, gptlab: Command)
     with pytest.raises(ConfigError, match=r"--pairing needs at least 4 seeds that .* both have: 3"):
         pairing("p")
     assert gptlab("compare", "p", "--pairing").code == 2
+
+
+def test_json_has_no_infinity(corpus_file: Path, gptlab: Command) -> None:
+    """Arms that are equal in every seed gain without bound, which JSON cannot say."""
+    for seed in range(4):
+        for effort in ("naive", "sdpa"):
+            own = [f"model/kernel={effort}", f"seed={seed}", "optimizer.learning_rate=0"]
+            train(compose(tiny(corpus_file, "study=e", "model.init.std=0", *own, steps=2)), settings=settings(own))
+    out = gptlab("compare", "e", "--pairing", "--json").out
+    told = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["pairing"]
+    assert told
+    assert {gain["gain"] for gain in told} == {None}

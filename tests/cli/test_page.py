@@ -71,8 +71,33 @@ def test_the_page_holds_what_was_measured(study: str, gptlab: Command, tmp_path:
             assert unpacked(told["curves"]["val/loss"]["step"]) == pytest.approx(steps)
     assert [d["key"] for d in data["differences"]] == ["model/norm", "model.norm.eps"]
     assert data["differences"][0]["values"] == ["layernorm", "rmsnorm"]
-    command = shlex.split(data["arms"][1]["command"])
-    assert command == ["gptlab", "train", "-m", "model/norm=rmsnorm", "seed=0,1", "study=p"]
+    assert data["arms"][0]["command"] is None, "the Python API made it"
+
+
+def test_an_arms_command_is_the_one_that_made_it(
+    gptlab: Command, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what only an added key or a file of one's own says; an experiment's arm is trained alone. Its runs are found, and skipped."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(
+        "defaults:\n  - override /hydra/sweeper: arms\n"
+        "hydra: {mode: MULTIRUN, sweeper: {seeds: 2, vary: {model/norm: 'layernorm,rmsnorm'}}}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    own = tiny(corpus_file, "+optimizer.rates.embedding=0.3", steps=2)
+    asked = {"plain": ["-m", *own, "model/norm=layernorm,rmsnorm", "seed=0,1"], "mine": ["experiment=mine", *own]}
+    for name, arguments in asked.items():
+        made = gptlab("train", *arguments, f"study={name}")
+        assert made.code == 0, made.err
+        assert gptlab("compare", name, "--html", "page.html").code == 0
+        arms = data_of(Path("page.html").read_text(encoding="utf-8"))["arms"]
+        for arm in arms:
+            told = [gptlab(*shlex.split(line)[1:]) for line in arm["command"].splitlines()]
+            assert [result.code for result in told] == [0] * len(told), told
+            assert sum(result.out.count(", skipped") for result in told) == 2, arm["command"]
+            assert not any("✗" in result.out or "tokens/s)" in result.out for result in told)
+    assert len(all_runs()) == 4
 
 
 def test_nothing_is_asked_of_a_network_and_no_text_becomes_a_tag(study: str, gptlab: Command, tmp_path: Path) -> None:

@@ -98,6 +98,10 @@
   }
   function again() {
     $("again").append(...arms.map((arm) => {
+      if (!arm.command) {
+        const why = el("p", { className: "quiet" }, "no command of gptlab train made it, or it was not kept yet");
+        return el("div", { className: "card" }, el("div", {}, el("h3", {}, arm.label), why));
+      }
       const button = el("button", { type: "button", title: `copy the command of ${arm.label}` }, "copy");
       button.addEventListener("click", async () => {
         await navigator.clipboard.writeText(arm.command);
