@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,14 +18,23 @@ _LAUNCH = "wandb.sdk.launch.inputs.internal"
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a server that does not answer
 
 
+class _NoInputs:
+    """In the place of the client's StagedLaunchInputs: nothing is staged, so nothing is applied."""
+
+    def apply(self, run: Any) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _without_launch() -> Iterator[None]:
     """Spare the client the import of `wandb launch`, in which it looks at every start for inputs that only a launched program stages:
-    more than a second before the first step. Without it, it goes on."""
+    more than a second before the first step. Whoever has imported it already keeps it."""
     if _LAUNCH in sys.modules:
         yield
         return
-    sys.modules[_LAUNCH] = None  # type: ignore[assignment]  # an import of it fails at once
+    stand_in = types.ModuleType(_LAUNCH)
+    stand_in.StagedLaunchInputs = _NoInputs  # type: ignore[attr-defined]
+    sys.modules[_LAUNCH] = stand_in
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats  # noqa: F401  # adds its warning filter when first imported, which is not a job's doing
 import torch
 
 from gptlab import compose, train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_a_server_that_is_not_there_costs_one_warning(
     assert capsys.readouterr().out.count("could not be reached") == 1
     assert outcome.run is not None
     assert list(outcome.run.directory.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_the_client_starts_without_its_launch_part_and_without_an_error(
+    corpus_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("wandb.sdk.launch")]:
+        monkeypatch.delitem(sys.modules, name)
+    train(compose(tiny(corpus_file, "tracker=offline")))
+    assert not [name for name in sys.modules if name.startswith("wandb.sdk.launch")]
+    # an error's traceback would keep the frames that called, and a run's model with them
+    assert not [record.getMessage() for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
 def test_offline_files_lie_in_the_runs_folder(corpus_file: Path) -> None:
