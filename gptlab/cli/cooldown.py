@@ -56,7 +56,7 @@ def cooldown(reference: str, *, at: str, length: str, overrides: Sequence[str], 
             say(("✗", "red"), f" {title}  {error}")
         results.append(result)
     if len(steps) > 1 and (launched() or World()).first:
-        after_sweep(results)
+        after_sweep(results, study=results[0]["study"])
     if any(r["code"] for r in results):
         raise ExitWith("", 1)  # they have been told
     leave()

@@ -16,10 +16,11 @@ from rich.text import Text
 
 from gptlab.config import codec
 from gptlab.config.errors import CheckpointError, GptlabError, IOFailure
+from gptlab.config.folders import runs_root
 from gptlab.config.registry import load_components
 from gptlab.data.tokenizer import from_json
 from gptlab.runner import checkpoint
-from gptlab.runner.run import Run, all_runs, find_run, find_study, holder, members, remove_run, runs_root
+from gptlab.runner.run import Run, all_runs, find_run, find_study, holder, members, remove_run
 from gptlab.tracker.console import console, say
 
 LISTED = 4  # unknown files of a checkpoint that are named

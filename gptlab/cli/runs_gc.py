@@ -12,8 +12,9 @@ from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
+from gptlab.config.folders import runs_root
 from gptlab.runner import checkpoint
-from gptlab.runner.run import Run, all_runs, holder, remove_run, runs_root
+from gptlab.runner.run import Run, all_runs, holder, remove_run
 from gptlab.tracker.console import console, say
 
 

@@ -22,16 +22,18 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config import compose
-from gptlab.config.errors import ConfigError, GptlabError, Stopped
+from gptlab.config.errors import ConfigError, GptlabError, Pruned, Stopped
 from gptlab.config.explain import check_overrides, explain
+from gptlab.config.folders import runs_root
 from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
-from gptlab.config.sweep import sweep
+from gptlab.config.sweep import Sweep, sweep
 from gptlab.hardware.world import World, launched, leave
-from gptlab.runner.run import PICTURE, read_ablation, runs_root, write_ablation
+from gptlab.runner.run import PICTURE, read_ablation, write_ablation
 from gptlab.runner.stop import Requeued
 from gptlab.runner.train import train as train_run
+from gptlab.study.compare import METRIC
 from gptlab.study.live import LiveTable
 from gptlab.tracker.console import complain, console, say
 
@@ -53,7 +55,7 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
             stack.enter_context(environment(RERUN, "1"))
         compose.prepare()
         shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
-        live = contextlib.nullcontext() if shows_only else _expect(passed, stack)
+        asked, live = (Sweep(False, None), contextlib.nullcontext()) if shows_only else _expect(passed, stack)
         outcomes = stack.enter_context(_launch_folder())
         with live:
             _run_hydra(passed)
@@ -63,8 +65,8 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
         stopped = [r for r in results if r["state"] == "stopped"]
         if stopped:
             raise Stopped(stopped[0]["message"])
-        if results and results[0]["sweep"] and (launched() or World()).first:
-            after_sweep(results, conclude=conclude)
+        if (launched() or World()).first and (asked.search or (results and results[0]["sweep"])):
+            after_sweep(results, conclude=conclude, search=asked.search, study=asked.name or results[0]["study"])
         for result in results:
             if result["code"] and result["sweep"]:
                 raise ExitWith("", 1)  # they have been told
@@ -74,15 +76,15 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
         return 0
 
 
-def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> contextlib.AbstractContextManager[object]:
-    """Note how many runs a sweep has, where that is known beforehand, and of arms how they are judged; the table of arms to be shown."""
+def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> tuple[Sweep, contextlib.AbstractContextManager[object]]:
+    """What is asked for; of a sweep its size is noted, where that is known beforehand, and of arms how they are judged. The table of arms
+    to be shown."""
     multirun = bool({"-m", "--multirun"} & set(passed))
     asked = sweep([a for a in passed if _is_override(a)], multirun=multirun)
-    if asked.points is None or not asked.swept:
-        return contextlib.nullcontext()
-    stack.enter_context(environment(SIZE, str(len(asked.points))))
+    if asked.size and asked.swept:
+        stack.enter_context(environment(SIZE, str(asked.size)))
     if asked.study is None or not (launched() or World()).first:
-        return contextlib.nullcontext()
+        return asked, contextlib.nullcontext()
     options = asked.study.options
     labels = [arm.label for arm in asked.study.arms]
     before = read_ablation(asked.name)
@@ -90,7 +92,7 @@ def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> contextlib.Ab
     sizes = [*before.get("seeds", []), len(asked.study.seeds)]
     told = {"baseline": options.baseline or labels[0], "effect": options.effect, "looks": looks, "arms": labels}
     write_ablation(asked.name, before | told | {"seeds": list(dict.fromkeys(sizes))})
-    return LiveTable(asked.name, labels, asked.study.seeds)
+    return asked, LiveTable(asked.name, labels, asked.study.seeds)
 
 
 def _own_options(arguments: Sequence[str]) -> tuple[set[str], list[str]]:
@@ -181,8 +183,9 @@ class _Leave(BaseException):
     """Ends a sweep at once; not an Exception, so that Hydra lets it pass without a word."""
 
 
-def task(composed: DictConfig) -> None:
-    """One job of Hydra's. In a sweep a failure is recorded and the sweep goes on; a signal ends it."""
+def task(composed: DictConfig) -> float | None:
+    """One job of Hydra's; its held-out loss, for sweepers that choose by it (None: none was measured). In a sweep a failure is recorded
+    and the sweep goes on; a signal ends it."""
     compose.prepare()
     job = HydraConfig.get()
     sweep = job.mode == RunMode.MULTIRUN
@@ -197,6 +200,10 @@ def task(composed: DictConfig) -> None:
         )
         again, chosen = bool(os.environ.get(RERUN)), compose.settings(overrides)
         outcome = train_run(config, rerun=again, title=title, settings=chosen, overrides=overrides, job=number)
+    except Pruned as error:
+        _note(state | {"state": "pruned", "code": 0, "message": str(error)})
+        say(("–", "yellow"), f" {title}  {error}")
+        return None
     except GptlabError as error:
         stopped = isinstance(error, Stopped)
         told = {"code": error.code, "message": str(error), "everywhere": error.everywhere}
@@ -207,7 +214,7 @@ def task(composed: DictConfig) -> None:
             say(("✗", "red"), f" {title}  {error}")
         if sweep and (launched() or World()).size > 1 and not error.everywhere:
             raise _Leave from error  # the other ranks wait for this one in the midst of a step: no further job can begin
-        return
+        return None
     except Requeued:
         raise  # the job has not ended
     except (Exception, SystemExit) as error:  # something outside a run, which has a log of its own
@@ -216,8 +223,10 @@ def task(composed: DictConfig) -> None:
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         _note(state | {"state": "failed", "code": 1, "message": message})
         say(("✗", "red"), f" {title}  {message}")
-        return
+        return None
     _note(state | {"state": outcome.state, "code": outcome.code, "message": outcome.message})
+    loss = (outcome.run.read("done.json") or {}).get("summary", {}).get(METRIC)
+    return None if loss is None else float(loss)
 
 
 def _side_by_side(config: Config, processes: int | None) -> Config:
@@ -243,16 +252,21 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: int(r["job"]))
 
 
-def after_sweep(results: list[dict[str, Any]], *, conclude: bool = True) -> None:
-    """Say what the sweep did, compare its arms, draw them, let the best speak (if it is to `conclude`), and tell of each failure."""
+def after_sweep(results: list[dict[str, Any]], *, study: str, conclude: bool = True, search: str = "") -> None:
+    """Say what the sweep did, compare its arms (of a `search`: what it found), draw them, let the best speak (if it is to `conclude`), and
+    tell of each failure."""
     from gptlab.study.compare import compare
     from gptlab.study.report import draw_curves, show
 
     failed = [r for r in results if r["state"] == "failed"]
-    skipped = sum(r["state"] == "skipped" for r in results)
-    study = results[0]["study"]
-    say(f"\n{len(results)} runs: {sum(r['state'] == 'done' for r in results)} trained, {skipped} skipped, {len(failed)} failed")
-    if conclude and len(failed) < len(results):
+    counts = {state: sum(r["state"] == state for r in results) for state in ("done", "skipped", "pruned")}
+    pruned = f", {counts['pruned']} given up" if counts["pruned"] else ""
+    say(f"\n{len(results)} runs: {counts['done']} trained, {counts['skipped']} skipped{pruned}, {len(failed)} failed")
+    if search:
+        from gptlab.cli.search import show_search
+
+        show_search(search, study)
+    elif conclude and len(failed) < len(results):
         comparison = compare(study)
         show(comparison)
         picture = draw_curves(study, runs_root() / study / PICTURE)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from gptlab.config import sweeper
+from gptlab.config import halving, search, sweeper
 from gptlab.config.codec import RECIPES_WITH_SLOTS, options_in
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
@@ -42,9 +42,12 @@ def prepare() -> None:
     for component in components():
         store.store(group=component.slot.path, name=component.name, node=component.options)
     store.store(group="hydra/sweeper", name="arms", node=sweeper.ArmsConfig, provider="gptlab")
+    store.store(group="hydra/sweeper", name="optuna", node=search.OptunaConfig, provider="gptlab")
+    store.store(group="hydra/sweeper", name="halving", node=halving.HalvingConfig, provider="gptlab")
     for plugin in (ExperimentSource, ExperimentSearchPath):
         Plugins.instance().register(plugin)
-    sweeper.install()
+    sweepers = {sweeper.TARGET: sweeper.ArmSweeper, search.TARGET: search.OptunaSweeper, halving.TARGET: halving.HalvingSweeper}
+    sweeper.install(sweepers)
     # An error of ours is one sentence; Hydra's own printing would come before it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 

@@ -49,5 +49,11 @@ class Stopped(GptlabError):
     everywhere = True
 
 
+class Pruned(Stopped):
+    """A search gave the run up before its end; its checkpoint is kept, and the search goes on."""
+
+    code = 0
+
+
 class OutOfMemory(GptlabError):
     """The device's, or this process's, memory is used up."""

@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gptlab.config import halving, search
 from gptlab.config.compose import prepare, without_environment
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, explain
@@ -31,12 +32,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms."""
+    """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms; `search`: the sweeper
+    that chooses as it goes; `size`: how many runs there will be (0: not known)."""
 
     swept: bool
     points: list[Point] | None
     study: Study | None = None
     name: str = ""  # of the study's folder
+    search: str = ""
+    size: int = 0
 
 
 def points(overrides: Sequence[str], *, what: str) -> list[Point]:
@@ -72,14 +76,22 @@ def sweep(overrides: Sequence[str], *, multirun: bool = False) -> Sweep:
             if kind.endswith("ArmSweeper"):
                 study = study_of(hydra.sweeper, overrides, parser)
                 jobs = [Point(study.job(a, s), [*a.overrides, f"seed={s}"]) for s in study.seeds for a in study.arms]
-                return Sweep(True, jobs, study, str(composed.study))
+                return Sweep(True, jobs, study, str(composed.study), size=len(jobs))
+            if kind == search.TARGET:
+                return Sweep(True, None, name=str(composed.study), search="optuna", size=int(hydra.sweeper.trials))
+            if kind == halving.TARGET:
+                options = halving.HalvingConfig(**OmegaConf.to_container(hydra.sweeper, resolve=True))  # type: ignore[arg-type]
+                ladder = halving.ladder_of(options, overrides, str(composed.trainer.budget), parser)
+                size = sum(ladder.sizes(options.keep)) * max(1, len(ladder.seeds))
+                return Sweep(True, None, name=str(composed.study), search="halving", size=size)
             if not kind.endswith("BasicSweeper"):
                 return Sweep(True, None)
             parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
             parsed = parser.parse_overrides([*parameters, *overrides])
             last = {o.get_key_element(): o.is_sweep_override() for o in parsed}  # what comes later wins
             found = [[str(o) for o in point] for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
-            return Sweep(True, [Point(point, [o for o in point if last.get(o.partition("=")[0])]) for point in found])
+            points = [Point(point, [o for o in point if last.get(o.partition("=")[0])]) for point in found]
+            return Sweep(True, points, name=str(composed.study), size=len(points))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     finally:

@@ -146,12 +146,13 @@ class ArmSweeper(Sweeper):  # type: ignore[misc]
         return results
 
 
-def install() -> None:
-    """Make the sweeper known to Hydra. Safe to call again.
+def install(sweepers: Mapping[str, type[Sweeper]]) -> None:
+    """Make sweepers known to Hydra, by the names in their `_target_`. Safe to call again.
 
-    Hydra builds only plugins whose name lies in its own package for them; ours goes by such a name in its index, and is pickled for
-    workers under its real one.
+    Hydra builds only plugins whose name lies in its own package for them; ours go by such a name in its index, and are pickled for
+    workers under their real one.
     """
     plugins = Plugins.instance()
-    plugins.register(ArmSweeper)
-    plugins.class_name_to_class[TARGET] = ArmSweeper
+    for target, sweeper in sweepers.items():
+        plugins.register(sweeper)
+        plugins.class_name_to_class[target] = sweeper

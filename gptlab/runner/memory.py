@@ -7,38 +7,33 @@ The model, the objective, the optimizer and the evaluation are the run's own, on
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gptlab.config.errors import ConfigError, GptlabError
 from gptlab.config.registry import build, component, component_of
 from gptlab.config.schema import Config
 from gptlab.config.slots import Options
 from gptlab.data.loader import Batch
-from gptlab.hardware.device import GIANT, resident_memory
+from gptlab.hardware.device import resident_memory
 from gptlab.hardware.precision import autocast, in_precision
 from gptlab.hardware.world import World, launched
 from gptlab.model.linear import undrawn
 from gptlab.model.path import as_elsewhere
 from gptlab.model.transformer import Transformer
 from gptlab.optimizer.groups import parameter_groups
+from gptlab.runner.held import Fused, Held
 from gptlab.runner.validation import EVALUATION_TOKENS, scored
 
 # Allocators hand out multiples of these many bytes: CUDA's caching one, and posix_memalign as torch calls it.
 GRANULE = {"cuda": 512, "cpu": 64}
 CUBLAS_WORKSPACE = 32 << 20  # bytes; Hopper's, elsewhere 8 MiB
 CHUNK = 1024  # tokens whose logits are held, where that is proposed
-# On the CPU, measured with nano to gpt2 in fp32: what MKL, oneDNN and threads take in the first steps, and what the heap has in gaps, as a
-# share of the blocks that lie in it. Giants lie outside.
-LIBRARIES, HEAP_GAPS = 50 << 20, 0.35
+LIBRARIES = 16 << 20  # bytes on the CPU, measured with nano to gpt2: what libraries and threads take beside the heap in the first steps
 USABLE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that a run may count on: the rest goes to the CUDA context, gaps, other programs
 
 
@@ -47,7 +42,7 @@ class Memory:
     """Bytes at the `moment` when a run holds most: backward, update, evaluation or checkpoint. `total`: its memory/peak_bytes.
 
     `copies` are those of a checkpoint that is written in the background, on the CPU; `process` is Python with its libraries, there too, and
-    `gaps` what the heap and the libraries' own buffers add.
+    `gaps` what the heap holds free between blocks, and the libraries' own buffers.
     """
 
     moment: str
@@ -60,60 +55,6 @@ class Memory:
     process: int
     gaps: int
     total: int
-
-
-class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage that an operator makes until it is freed; `logits` of those as wide as the vocabulary, `giants`
-    of those that lie outside a CPU's heap."""
-
-    def __init__(self, granule: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.granule, self.now, self.logits, self.peak, self.peak_logits, self.peak_gradients = granule, 0, 0, 0, 0, 0
-        self.gradients, self.giants, self.peak_giants = 0, 0, 0
-        self.widths: tuple[int, ...] = ()
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # the value of a tensor without data: a seed, a count
-            return args[0].dtype.is_floating_point * 1.0 or 1
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return found
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._known:
-            return
-        size = -(-storage.nbytes() // self.granule) * self.granule
-        wide = size if tensor.dim() > 1 and tensor.shape[-1] in self.widths else 0
-        giant = size if size > GIANT else 0
-
-        def freed(_: object) -> None:
-            del self._known[key]
-            self.now, self.logits, self.giants = self.now - size, self.logits - wide, self.giants - giant
-
-        self._known[key] = weakref.ref(storage, freed)
-        self.now, self.logits, self.giants = self.now + size, self.logits + wide, self.giants + giant
-        if self.now > self.peak:
-            self.begin()
-
-    def begin(self) -> None:
-        """Look for the highest mark from here on."""
-        self.peak, self.peak_logits, self.peak_gradients = self.now, self.logits, self.gradients
-        self.peak_giants = self.giants
-
-
-class _Fused(TorchFunctionMode):
-    """On a GPU dropout within attention is fused; the CPU's kernel, which stands in, would write the scores out for it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        options = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            options["dropout_p"] = 0.0
-        return func(*args, **options)
 
 
 def forecast_memory(config: Config, vocabulary: int, *, process: int | None = None) -> Memory:
@@ -132,7 +73,7 @@ def forecast_memory(config: Config, vocabulary: int, *, process: int | None = No
         with contextlib.ExitStack() as stack:
             if not here:
                 stack.enter_context(as_elsewhere())
-                stack.enter_context(_Fused())
+                stack.enter_context(Fused())
             return _traced(config, vocabulary, device, kind, fixed)
     except GptlabError:
         raise
@@ -155,71 +96,95 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes half a second, and not every run is forecast
 
     context, rows = config.model.context_length, int(config.hardware.micro_batch)
-    held = _Held(GRANULE["cuda" if kind != "cpu" else "cpu"])
+    on_cpu = kind == "cpu"
+    held = Held(GRANULE["cpu" if on_cpu else "cuda"], heap=on_cpu)
+    moments: list[Memory] = []
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), held:
         with torch.device(device), undrawn():
             model = Transformer(config.model, vocabulary)
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)
-        # Each is a constant of the run from here on: what stays when the step is over.
-        weights = held.now
+        weights = held.now  # a constant of the run from here on, as is what stays when the first step is over
         held.widths = (vocabulary, model.embedding.weight.shape[0])
         optimizer: torch.optim.Optimizer = build(
             config.optimizer, groups=parameter_groups(model, model.roles(), model.widening()), device=device
         )
         parameters = [p for p in model.parameters() if p.requires_grad]
-        for p in parameters:
-            p.grad = torch.empty_like(p)
-        gradients = held.now - weights
+        count = sum(bool(getattr(component_of(options).factory, "makes_average", False)) for options in config.callbacks.values())
+        averages = [[torch.empty_like(p) for p in parameters] for _ in range(count)]
+        objective, batch = build(config.objective), _batch(rows, context, device, model)
+        grown = _gradients_of(held, parameters)
+
+        def passes() -> None:
+            # Where a batch has several parts, the gradients of the first are there during the next.
+            for _ in range(1 if rows >= rows_of(config) else 2):
+                with autocast(device, config.hardware.precision):
+                    loss = objective(model, batch)
+                loss.backward()
+                del loss
+
+        def cleared() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            grown.clear()
+            held.gradients = 0
+
+        def at(moment: str, copies: int = 0) -> None:
+            live = held.peak - weights - state - held.peak_gradients - held.peak_logits - copies
+            gaps = held.span - held.peak + LIBRARIES if on_cpu else 0
+            parts = (weights, held.peak_gradients, state, live, held.peak_logits, copies, fixed, gaps)
+            moments.append(Memory(moment, *parts, sum(parts)))
+
+        # What the first step leaves free between its blocks is where the optimizer's state comes to lie, and the second finds less room. A
+        # GPU's allocator keeps blocks of a size together.
+        for _ in range(2 if on_cpu else 1):
+            if on_cpu:
+                passes()
+            else:
+                for p in parameters:
+                    p.grad = torch.empty_like(p)
+            optimizer.step()
+            cleared()
+        state = held.now - weights
+        saves = on_cpu and "checkpoint" in _callbacks(config)
+        copies = _copies(model, optimizer, averages) if saves and _overlaps(config) else []
+        copied = (weights + state) * bool(copies)
+        held.begin()
+        passes()
+        at("backward", copied)
         held.begin()
         optimizer.step()
-        state = held.now - weights - gradients
-        update, of_update = held.peak, held.peak_giants
-        averages = sum(weights for options in config.callbacks.values() if getattr(component_of(options).factory, "makes_average", False))
-        batch_rows = rows_of(config)
-        held.gradients = gradients
-        if rows >= batch_rows:  # they come to be in this one backward pass
-            optimizer.zero_grad(set_to_none=True)
-            held.gradients = 0
-            for p in parameters:
-                p.register_post_accumulate_grad_hook(_grown(held))  # type: ignore[no-untyped-call]
-        batch = _batch(rows, context, device, model)
-        objective = build(config.objective)
-        held.begin()
-        with autocast(device, config.hardware.precision):
-            loss = objective(model, batch)
-        loss.backward()
-        peak, logits, grown = held.peak, held.peak_logits, min(held.peak_gradients, gradients)
-        of_backward = held.peak_giants
-        del loss, batch
-        optimizer.zero_grad(set_to_none=True)
-        evaluation, wide = _evaluation(model, config, device, held) if "evaluation" in _callbacks(config) else (weights + state, 0)
-        of_evaluation, lasting = held.peak_giants, held.giants
-    evaluation += weights * (averages > 0 or hasattr(optimizer, "average"))  # the average takes the weights' place, and these wait
-    copies = weights + state + averages if kind == "cpu" and "checkpoint" in _callbacks(config) else 0
-    early = copies if _overlaps(config) else 0
-
-    def at(moment: str, held_then: int, giants: int, gradients: int, logits: int, copies: int) -> Memory:
-        activations = held_then - weights - state - gradients - logits
-        own = averages + held_then + copies
-        gaps = LIBRARIES + int(HEAP_GAPS * max(0, held_then - giants)) if kind == "cpu" else 0
-        return Memory(moment, weights, gradients, state + averages, activations, logits, copies, fixed, gaps, fixed + own + gaps)
-
-    moments = (
-        at("backward", peak, of_backward, grown, logits, early),
-        at("update", update, of_update, gradients, 0, early),
-        at("evaluation", evaluation, of_evaluation, 0, wide, early),
-        at("checkpoint", weights + state, lasting, 0, 0, copies),
-    )
+        at("update", copied)
+        cleared()
+        if "evaluation" in _callbacks(config):
+            held.begin()
+            _evaluate(model, config, device, waiting=bool(averages) or hasattr(optimizer, "average"))
+            at("evaluation", copied)
+        if saves and not copies:
+            held.begin()
+            copies = _copies(model, optimizer, averages)
+            at("checkpoint", weights + state)
     return max(moments, key=lambda memory: memory.total)
 
 
-def _grown(held: _Held) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        held.gradients += parameter.grad.untyped_storage().nbytes()
+def _gradients_of(held: Held, parameters: list[torch.nn.Parameter]) -> set[int]:
+    """Have the gradients counted as they come to be; the set of those that are there."""
+    there = set[int]()
 
-    return hook
+    def grown(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if id(parameter) not in there:
+            there.add(id(parameter))
+            held.gradients += parameter.grad.untyped_storage().nbytes()
+
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(grown)  # type: ignore[no-untyped-call]
+    return there
+
+
+def _copies(model: Transformer, optimizer: torch.optim.Optimizer, averages: list[list[Tensor]]) -> list[Tensor]:
+    """What a checkpoint copies before it is written."""
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return [torch.empty_like(t) for t in (*model.parameters(), *state, *(t for average in averages for t in average))]
 
 
 def _batch(rows: int, context: int, device: torch.device, model: Transformer) -> Batch:
@@ -228,13 +193,15 @@ def _batch(rows: int, context: int, device: torch.device, model: Transformer) ->
     return Batch(tokens[:, :-1], tokens[:, 1:], document=document)
 
 
-def _evaluation(model: Transformer, config: Config, device: torch.device, held: _Held) -> tuple[int, int]:
+def _evaluate(model: Transformer, config: Config, device: torch.device, *, waiting: bool) -> None:
+    """An evaluation's largest pass; `waiting`: an average takes the weights' place, and these are kept meanwhile."""
     context = config.model.context_length
+    kept = [torch.empty_like(p) for p in model.parameters()] if waiting else []
     model.eval()
-    held.begin()
     with torch.no_grad(), autocast(device, config.hardware.precision):
         scored(model, _batch(max(1, EVALUATION_TOKENS // context), context, device, model), count_right=False)
-    return held.peak, held.peak_logits
+    model.train()
+    del kept
 
 
 def _callbacks(config: Config) -> set[str]:

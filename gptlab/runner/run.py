@@ -16,6 +16,7 @@ from typing import Any
 
 from gptlab.config import codec
 from gptlab.config.errors import ConfigError, GptlabError, IOFailure
+from gptlab.config.folders import runs_root
 from gptlab.config.lock import held
 from gptlab.config.lock import holder as lock_holder
 from gptlab.config.registry import suggest
@@ -25,11 +26,6 @@ from gptlab.tracker.jsonl import read_metrics
 ABLATION = "ablation.json"  # in a study's folder: how its arms are to be judged
 MEMBERS = "members.jsonl"  # in a study's folder: the runs it compares, wherever they lie
 PICTURE = "curves.png"  # beside it: the loss curves of its last sweep
-
-
-def runs_root() -> Path:
-    """Where runs live: $GPTLAB_RUNS, else ./runs."""
-    return Path(os.environ.get("GPTLAB_RUNS") or "runs")
 
 
 @dataclass(frozen=True)

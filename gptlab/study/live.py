@@ -15,8 +15,9 @@ from rich import box
 from rich.live import Live
 from rich.table import Table
 
+from gptlab.config.folders import runs_root
 from gptlab.config.resolve import parse_budget
-from gptlab.runner.run import MEMBERS, Run, all_runs, runs_root
+from gptlab.runner.run import MEMBERS, Run, all_runs
 from gptlab.tracker.console import console
 from gptlab.tracker.jsonl import read_metrics
 
