@@ -189,6 +189,29 @@ def watch(
 
 
 @app.command()
+def dashboard(
+    study: Annotated[str, typer.Argument(help="The study to show.")],
+    changes: Annotated[list[str] | None, typer.Argument(help="dashboard=NAME, and Hydra's overrides of its sections.")] = None,
+    entity: Annotated[str | None, typer.Option(help="Whose W&B project: a user or a team. [the account's own]")] = None,
+    project: Annotated[str | None, typer.Option(help="The W&B project. [that of the study's runs]")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="Write the workspace's JSON here, and save nothing.")] = None,
+) -> None:
+    """Save a W&B workspace of a study: its runs by arm with bands over seeds, its settings, its verdict."""
+    from gptlab.cli.dashboard import dashboard as make
+
+    given = changes or []
+    names = [c.partition("=")[2] for c in given if c.startswith("dashboard=")]
+    make(
+        study,
+        names[-1] if names else "ablation",
+        [c for c in given if not c.startswith("dashboard=")],
+        entity=entity,
+        project=project,
+        file=file,
+    )
+
+
+@app.command()
 def sample(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",

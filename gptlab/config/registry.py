@@ -39,6 +39,7 @@ BUILTIN = (
     "gptlab.objective.lm",
     *(f"gptlab.tracker.{m}" for m in ("none", "wandb", "tensorboard")),
     "gptlab.runner.callbacks",
+    "gptlab.runner.histograms",
     "gptlab.runner.pruning",
     "gptlab.runner.averages",
     "gptlab.runner.diagnostics",

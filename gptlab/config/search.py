@@ -114,13 +114,10 @@ def _distribution(key: str, override: Override) -> Any:
 
 
 def storage_of(options: OptunaConfig, study: str) -> str:
-    """The address of the storage: SQLite in the study's folder, unless told. What is told is noted there."""
+    """The address of the storage: SQLite in the study's folder, unless told."""
     folder = study_folder(study).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    own = f"sqlite:///{folder / STORAGE}"
-    if options.storage and options.storage != own:
-        (folder / ADDRESS).write_text(options.storage, encoding="utf-8")
-    return options.storage or own
+    return options.storage or f"sqlite:///{folder / STORAGE}"
 
 
 def _noted(study: str) -> str:
@@ -135,6 +132,8 @@ def open_study(options: OptunaConfig, name: str, space: Space) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     address = storage_of(options, name)
+    giving_up = pruner(options.pruner)
+    _sampler(options, space, 0)  # what is wrong with it is told before anything is made
     try:
         known_studies = {s.study_name: s for s in optuna.get_all_study_summaries(storage=address)}
         begun = known_studies[name].n_trials if name in known_studies else 0
@@ -144,7 +143,7 @@ def open_study(options: OptunaConfig, name: str, space: Space) -> optuna.Study:
             load_if_exists=True,
             direction="minimize",
             sampler=_sampler(options, space, begun),
-            pruner=pruner(options.pruner),
+            pruner=giving_up,
         )
         trials = study.get_trials(deepcopy=False)
     except ImportError as error:
@@ -154,6 +153,8 @@ def open_study(options: OptunaConfig, name: str, space: Space) -> optuna.Study:
         if "locked" in reason:
             raise IOFailure(f"hydra.sweeper.storage={address} is locked by another process; wait for it, or give another") from error
         raise IOFailure(f"hydra.sweeper.storage={address} cannot be used ({reason}); give one of optuna's, or a new file") from error
+    if options.storage:
+        (study_folder(name) / ADDRESS).write_text(address, encoding="utf-8")
     if study.direction != optuna.study.StudyDirection.MINIMIZE:
         raise ConfigError(f"hydra.sweeper.storage={address}: its study {name!r} maximises; give another study=")
     known = set().union(*(t.distributions for t in trials)) if trials else set(space.axes)

@@ -181,9 +181,10 @@ class Samples(Callback):
             ids = list(generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0))
         if not trainer.world.first:  # every rank writes the text, since each holds a part of a sharded model; one keeps it
             return
-        folder = trainer.run.directory / "samples"
+        folder, text = trainer.run.directory / "samples", shown + tokenizer.decode(ids)
         folder.mkdir(exist_ok=True)
-        (folder / f"step-{trainer.state.step:09d}.txt").write_text(shown + tokenizer.decode(ids) + "\n", encoding="utf-8")
+        (folder / f"step-{trainer.state.step:09d}.txt").write_text(text + "\n", encoding="utf-8")
+        trainer.tracker.text(trainer.state.step, f"{self.weights} weights" if self.weights != "default" else "sample", text)
 
 
 @register("callback", "kernels")

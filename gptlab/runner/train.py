@@ -237,7 +237,10 @@ def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin
             trainer.train(None, NoTracker(), progress)
         return Outcome(run, "done")
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
-    info = RunInfo(f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged)
+    info = RunInfo(
+        f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged,
+        arm=_arm(config), tags=(config.study, f"seed {config.seed}"),
+    )  # fmt: skip
     code = 1
     with contextlib.ExitStack() as last:
         metrics = last.enter_context(contextlib.closing(MetricsFile(run.metrics_file, trainer.state.step)))
@@ -252,7 +255,7 @@ def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin
             code = error.code
             raise
         finally:
-            tracker.finish(dict(trainer.latest), code)
+            tracker.finish(_summary(trainer), code)
     loss, rate = summary.get("val/loss", float("nan")), summary["train/tokens_per_second"]
     say(("✓", "green"), f" {title}  val {loss:.4f}  ", (f"{trainer.state.wall:.1f} s, {rate:,.0f} tokens/s", "dim"))
     return Outcome(run, "done", message=f"done in {trainer.state.wall:.1f} s")
@@ -303,6 +306,12 @@ def _announce(trainer: Trainer, title: str) -> None:
     say((line, "dim"))
     if trainer.config.model.dial:
         say((f"  {described(trainer.config, trainer.steps)}", "dim"))
+
+
+def _arm(config: Config) -> str:
+    """What the seeds of this config have in common, for a tracker: the arm's name, else the run's less its seed."""
+    parts = [part for part in config.name.split(",") if not part.startswith("seed=")]
+    return config.arm or ",".join(parts) or "base"
 
 
 def _flat(config: Config, trainer: Trainer) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from gptlab.runner.stop import Stop, Waiting
 from gptlab.runner.writer import Writer
 from gptlab.tracker.console import RunProgress
 from gptlab.tracker.jsonl import MetricsFile
+from gptlab.tracker.none import NoTracker
 from gptlab.tracker.protocol import Metrics, Tracker
 
 WARMUP_STEPS = 10  # left out of tokens_per_second: first steps allocate, tune and compile
@@ -102,6 +103,7 @@ class Trainer:
         self._leaving = 0  # why all ranks leave after this step; 0: they stay
         self._unwritten = list[int]()  # the ranks that could not write their part of a checkpoint
         self.metrics: MetricsFile | None = None  # of rank 0, while it trains
+        self.tracker: Tracker = NoTracker()  # of rank 0 the run's own, while it trains
         self._sinks: tuple[Callable[[Metrics], None], ...] = ()
 
     def train(self, metrics: MetricsFile | None, tracker: Tracker, progress: RunProgress) -> None:
@@ -109,7 +111,7 @@ class Trainer:
 
         Raises Stopped after a signal or the time limit (with a checkpoint), DivergedError before an update that is not finite.
         """
-        self.metrics = metrics
+        self.metrics, self.tracker = metrics, tracker
         self._sinks = () if metrics is None else (metrics.write, tracker.log, progress.update)
         started, wall, session_start = time.perf_counter(), self.state.wall, self.state.step
         self.model.train()

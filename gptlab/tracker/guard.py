@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from gptlab.tracker.protocol import Metrics, RunInfo, Tracker
+from gptlab.tracker.protocol import Histogram, Metrics, RunInfo, Tracker
 
 
 class Guarded:
@@ -20,6 +20,12 @@ class Guarded:
 
     def log(self, metrics: Metrics) -> None:
         self._try(lambda: self.tracker.log(metrics))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._try(lambda: self.tracker.text(step, name, text))
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        self._try(lambda: self.tracker.histograms(step, found))
 
     def finish(self, summary: Metrics, code: int) -> None:
         self._try(lambda: self.tracker.finish(summary, code))

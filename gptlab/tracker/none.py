@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gptlab.config.registry import register
-from gptlab.tracker.protocol import Metrics, RunInfo
+from gptlab.tracker.protocol import Histogram, Metrics, RunInfo
 
 
 @register("tracker", "none")
@@ -15,6 +17,12 @@ class NoTracker:
 
     def log(self, metrics: Metrics) -> None:
         """Nothing to send."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Texts lie in the run's folder."""
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """Nothing keeps them."""
 
     def finish(self, summary: Metrics, code: int) -> None:
         """Nothing to finish."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 Metrics = dict[str, float | int | str]
+Histogram = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # counts (n,) and edges (n + 1,)
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,8 @@ class RunInfo:
     directory: Path
     config: dict[str, Any]  # flat: components under model/norm, values under model.width
     logged_to: int  # last step already tracked before a resume; its replay is not sent again
+    arm: str = ""  # what its seeds have in common
+    tags: tuple[str, ...] = ()
 
 
 class Tracker(Protocol):
@@ -29,6 +36,12 @@ class Tracker(Protocol):
 
     def log(self, metrics: Metrics) -> None:
         """One line: `step`, `tokens`, `flops`, `seconds`, `wall` and what was measured."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text that the model wrote."""
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        """How values are spread, by name."""
 
     def finish(self, summary: Metrics, code: int) -> None:
         """Called once, whatever happened, with the exit code of the run."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
-from gptlab.tracker.protocol import Metrics, RunInfo
+from gptlab.tracker.protocol import Histogram, Metrics, RunInfo
 
 FOLDER = "tensorboard"
 _AXES = ("step", "tokens", "flops", "seconds", "wall")  # TensorBoard has the step and its own clock
@@ -40,6 +41,19 @@ class TensorBoard:
         for name, value in metrics.items():
             if name not in _AXES and not isinstance(value, str):
                 self._writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        if step > self._logged_to:
+            self._writer.add_text(name, f"```\n{text}\n```", step)
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        if step <= self._logged_to:
+            return
+        for name, (counts, edges) in found.items():
+            middles = (edges[1:] + edges[:-1]) / 2  # the sums are those of the bins, which is all that is known of the values
+            sums = float((counts * middles).sum()), float((counts * middles**2).sum())
+            limits = edges[1:].tolist()
+            self._writer.add_histogram_raw(name, edges[0], edges[-1], int(counts.sum()), *sums, limits, counts.tolist(), step)
 
     def finish(self, summary: Metrics, code: int) -> None:
         if self._writer is not None:

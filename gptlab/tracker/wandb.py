@@ -7,12 +7,14 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from gptlab.config.errors import DivergedError
 from gptlab.config.registry import register
 from gptlab.tracker.guard import TrackerWarning
-from gptlab.tracker.protocol import Metrics, RunInfo
+from gptlab.tracker.protocol import Histogram, Metrics, RunInfo
 
 _LAUNCH = "wandb.sdk.launch.inputs.internal"
 INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a server that does not answer
@@ -42,15 +44,17 @@ def _without_launch() -> Iterator[None]:
 
 
 class _Wandb:
-    def __init__(self, project: str, entity: str | None, mode: str) -> None:
-        self.project, self.entity, self.mode = project, entity, mode
+    def __init__(self, project: str, entity: str | None, mode: str, *, checkpoints: bool) -> None:
+        self.project, self.entity, self.mode, self.checkpoints = project, entity, mode, checkpoints
         self._run: Any = None
+        self._directory = Path()
+        self._texts: list[tuple[int, str, str]] = []
         self._logged_to = -1
 
     def start(self, run: RunInfo) -> None:
         import wandb
 
-        self._logged_to = run.logged_to
+        self._logged_to, self._directory = run.logged_to, run.directory
         try:
             self._run = self._init(run, self.mode)
         except Exception as error:  # wandb raises many kinds; none of them may cost the run
@@ -80,6 +84,8 @@ class _Wandb:
             id=run.id,
             name=run.name,
             group=run.study,
+            job_type=run.arm or None,
+            tags=run.tags,
             config=run.config,
             dir=str(run.directory),
             mode=mode,
@@ -103,14 +109,45 @@ class _Wandb:
         if self._run is not None and int(metrics["step"]) > self._logged_to:
             self._run.log(metrics)
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """A table of all texts so far: W&B shows the newest of a name."""
+        import wandb
+
+        if self._run is not None and step > self._logged_to:
+            self._texts.append((step, name, text))
+            table = wandb.Table(columns=["step", "sample", "text"], data=[list(row) for row in self._texts])
+            self._run.log({"samples": table, "step": step})
+
+    def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
+        import wandb
+
+        if self._run is not None and step > self._logged_to:
+            made = {name: wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist())) for name, (counts, edges) in found.items()}
+            self._run.log({**made, "step": step})
+
     def finish(self, summary: Metrics, code: int) -> None:
         if self._run is None:
             return
         try:
             self._run.summary.update(summary)
+            if code == DivergedError.code:
+                after = f"after step {int(summary.get('step', 0))}"
+                self._run.alert("The run diverged", f"{self._run.name}: the loss or a gradient is not finite {after}")
+            if self.checkpoints and not code:
+                self._keep_checkpoint(summary)
             self._run.finish(exit_code=code)
         except Exception as error:  # the server may die at any time; the data is on disk
             self._warn("did not finish", error, "its files are kept for `wandb sync`")
+
+    def _keep_checkpoint(self, summary: Metrics) -> None:
+        import wandb
+
+        made = sorted(folder for folder in (self._directory / "checkpoints").glob("step-*") if folder.is_dir())
+        if made:
+            described = {name: summary[name] for name in ("step", "val/loss", "parameters") if name in summary}
+            artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=described)
+            artifact.add_dir(str(made[-1]))
+            self._run.log_artifact(artifact)
 
     @staticmethod
     def _warn(what: str, error: Exception, then: str) -> None:
@@ -119,12 +156,13 @@ class _Wandb:
 
 
 @register("tracker", "offline")
-def offline(*, project: str = "gptlab") -> _Wandb:
-    """W&B's offline files in the run's folder; `wandb sync` uploads them, `wandb leet` shows them."""
-    return _Wandb(project, None, "offline")
+def offline(*, project: str = "gptlab", checkpoints: bool = False) -> _Wandb:
+    """W&B's offline files in the run's folder; `wandb sync` uploads them, `wandb leet` shows them. `checkpoints`: the last one, too."""
+    return _Wandb(project, None, "offline", checkpoints=checkpoints)
 
 
 @register("tracker", "wandb")
-def online(*, project: str = "gptlab", entity: str | None = None) -> _Wandb:
-    """W&B with the account that is logged in. A server that cannot be reached costs one warning."""
-    return _Wandb(project, entity, "online")
+def online(*, project: str = "gptlab", entity: str | None = None, checkpoints: bool = False) -> _Wandb:
+    """W&B with the account that is logged in. A server that cannot be reached costs one warning. `checkpoints`: the last one is kept there
+    as an artifact."""
+    return _Wandb(project, entity, "online", checkpoints=checkpoints)

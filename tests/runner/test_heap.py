@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def test_whatever_is_taken_lies_apart() -> None:
         if i % 2:
             heap.give(live.pop(i % len(live)))
     live.sort()
-    assert all(a + n <= b for (a, n), (b, _) in zip(live, live[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(live))
     assert live[-1][0] + live[-1][1] <= heap.top
 
 

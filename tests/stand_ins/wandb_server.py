@@ -42,6 +42,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.runs: dict[str, RecordedRun] = {}
+        self.artifacts: list[dict[str, Any]] = []  # the variables of each that was created
+        self.alerts: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
+        self.html = False  # whether it answers as a proxy does that wants a login
 
     @property
     def url(self) -> str:
@@ -81,6 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._body()
+        if self.server.html:
+            page = b"<html><body>Please log in</body></html>"
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page)
+            return None
         if self.path == "/graphql":
             request = json.loads(body)
             operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
@@ -130,6 +142,46 @@ class _Handler(BaseHTTPRequestHandler):
     def reply_CreateRunFiles(self, sent: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": n, "uploadUrl": f"{self.server.url}/blob/{n}"} for n in sent["files"]]
         return {"createRunFiles": {"runID": "B", "uploadHeaders": [], "files": files}}
+
+    def reply_ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}
+
+    def reply_ProjectInternalId(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"id": "P", "internalId": "UHJvamVjdDox"}}
+
+    def reply_OrganizationCoreWeaveOrganizationID(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": None}}
+
+    def reply_CreateArtifact(self, sent: dict[str, Any]) -> dict[str, Any]:
+        self.server.artifacts.append(sent)
+        artifact = {"id": f"A{len(self.server.artifacts)}", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": artifact}}
+
+    def reply_CreateArtifactManifest(self, sent: dict[str, Any]) -> dict[str, Any]:
+        return {"createArtifactManifest": {"artifactManifest": {"id": "M", "file": self._file("manifest")}}}
+
+    def reply_UpdateArtifactManifest(self, sent: dict[str, Any]) -> dict[str, Any]:
+        return {"updateArtifactManifest": {"artifactManifest": {"id": "M", "file": self._file("manifest")}}}
+
+    def reply_CreateArtifactFiles(self, sent: dict[str, Any]) -> dict[str, Any]:
+        asked = next((v for v in sent.values() if isinstance(v, list)), [])
+        more = {"uploadMultipartUrls": None}
+        nodes = [{"node": self._file(f["name"]) | more | {"storagePath": f["name"], "artifact": {"id": f["artifactID"]}}} for f in asked]
+        return {"createArtifactFiles": {"files": {"edges": nodes}}}
+
+    def reply_CommitArtifact(self, sent: dict[str, Any]) -> dict[str, Any]:
+        return {"commitArtifact": {"artifact": {"id": sent.get("artifactID"), "digest": "x"}}}
+
+    def reply_NotifyScriptableRunAlert(self, sent: dict[str, Any]) -> dict[str, Any]:
+        self.server.alerts.append(sent)
+        return {"notifyScriptableRunAlert": {"success": True}}
+
+    def reply_UpsertView2(self, sent: dict[str, Any]) -> dict[str, Any]:
+        self.server.views.append(sent)
+        return {"upsertView": {"view": {"id": "W1", "name": sent["name"]}, "inserted": True}}
+
+    def _file(self, name: str) -> dict[str, Any]:
+        return {"id": name, "name": name, "displayName": name, "uploadUrl": f"{self.server.url}/blob/{name}", "uploadHeaders": []}
 
 
 @contextlib.contextmanager

@@ -34,7 +34,18 @@ def test_every_metric_is_there_at_its_step(corpus_file: Path) -> None:
     assert not {"step", "tokens", "wall"} & found.keys()
     config = event_accumulator.EventAccumulator(str(run.directory / "tensorboard"))
     config.Reload()
-    assert config.Tags()["tensors"] == ["config/text_summary"]
+    assert config.Tags()["tensors"] == ["config/text_summary", "sample/text_summary"]
+
+
+def test_histograms_are_there_at_their_steps(corpus_file: Path) -> None:
+    histograms = ["+callback@callbacks.histograms=histograms", "callbacks.histograms.every=3"]
+    run = train(compose([*tiny(corpus_file, *histograms, steps=6), "tracker=tensorboard"])).run
+    events = event_accumulator.EventAccumulator(str(run.directory / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    gradients = [name for name in events.Tags()["histograms"] if name.startswith("gradients/blocks.0")]
+    assert gradients
+    assert [h.step for h in events.Histograms(gradients[0])] == [3, 6]
+    assert events.Histograms(gradients[0])[0].histogram_value.num > 0
 
 
 def test_a_resumed_run_goes_on_in_the_same_curves(corpus_file: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import wandb
 
 from gptlab import compose, train
-from gptlab.config.errors import Stopped
+from gptlab.config.errors import DivergedError, Stopped
 from gptlab.config.registry import register
 from gptlab.runner.callback import Callback
 from gptlab.runner.trainer import Trainer
@@ -88,6 +88,31 @@ def test_config_group_name_history_and_summary_arrive(corpus_file: Path, online:
     assert run.exit_code == 0
     environment = " ".join(str(v) for v in run.config.values())
     assert "0" * 40 not in environment
+
+
+def test_arms_samples_histograms_and_the_last_checkpoint_arrive(corpus_file: Path, online: Server) -> None:
+    overrides = ["study=shown", "arm='rmsnorm wide'", "seed=3", "tracker=wandb", "tracker.checkpoints=true", "callbacks.samples.every=6"]
+    outcome = train(compose(tiny(corpus_file, *overrides, "+callback@callbacks.histograms=histograms", "callbacks.histograms.every=5")))
+    run = online.runs[f"shown-{outcome.run.identity}"]
+    assert run.settings["jobType"] == "rmsnorm wide"
+    assert run.settings["tags"] == ["shown", "seed 3"]
+    tables = [h["samples"] for h in run.history if "samples" in h]
+    assert [t["nrows"] for t in tables] == [1, 2, 3]  # at 6, at 12 and at the end
+    name = "gradients/blocks.0.attention.query_key_value.weight"
+    histograms = {h["step"]: value for h in run.history for key, value in h.items() if key.startswith("gradients/blocks.0.attention")}
+    assert list(histograms) == [5, 10], name
+    assert all(h["_type"] == "histogram" and sum(h["values"]) > 0 for h in histograms.values())
+    kept = [a["input"] for a in online.artifacts if a["input"]["artifactTypeName"] == "model"]
+    assert [a["artifactCollectionName"] for a in kept] == [f"checkpoint-shown-{outcome.run.identity}"]
+    assert '"step":12' in kept[0]["metadata"]
+    assert run.summary["parameters"] > 0
+    assert run.summary["train/tokens_per_second"] > 0
+
+
+def test_a_run_that_diverges_raises_an_alert(corpus_file: Path, online: Server) -> None:
+    with pytest.raises(DivergedError):
+        train(compose(tiny(corpus_file, "tracker=wandb", "study=lost", "optimizer.learning_rate=1e30")))
+    assert [a["title"] for a in online.alerts] == ["The run diverged"]
 
 
 def test_a_resumed_run_goes_on_in_the_same_place_without_repeating_steps(corpus_file: Path, online: Server) -> None:
