@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from gptlab.config import codec
 from gptlab.config.errors import CheckpointError, GptlabError, IOFailure
 from gptlab.config.folders import runs_root
 from gptlab.config.registry import load_components
+from gptlab.config.resolve import parse_budget
 from gptlab.data.tokenizer import from_json
 from gptlab.runner import checkpoint
 from gptlab.runner.run import Run, all_runs, find_run, find_study, holder, members, remove_run
@@ -60,12 +62,23 @@ def _run_table(study: str, runs: list[Run]) -> Table:
             run.identity,
             run.name.replace(",", " "),
             f"[{_COLOURS[state]}]{state}[/]",
-            str(lines[-1].get("step", 0) if lines else 0),
+            str(lines[-1].get("step", 0) if lines else 0) + (_of(run) if state != "done" else ""),
             *([newest] if resumable else []),
             f"{float(losses[-1]):.4f}" if losses else "",
             _age(run),
         )
     return shown
+
+
+def _of(run: Run) -> str:
+    """`/500`: the steps of a run's budget, where that says them."""
+    trainer = (run.read("config.json") or {}).get("trainer", {})
+    try:
+        budget = parse_budget(trainer["budget"])
+        size = {"steps": 1, "tokens": int(trainer["batch_tokens"])}.get(budget.unit)
+    except (KeyError, ValueError, GptlabError):  # an older run's, or edited
+        return ""
+    return f"/{math.ceil(budget.amount / size)}" if size and not budget.beyond else ""
 
 
 def _age(run: Run) -> str:

@@ -21,11 +21,15 @@ class Pruning(Callback):
     The sweeper sets all of it. The same command without it trains the run to its end.
     """
 
-    def __init__(self, *, storage: str, study: str, trial: int, pruner: str = "median") -> None:
+    def __init__(self, *, storage: str = "", study: str = "", trial: int = -1, pruner: str = "median") -> None:
         self.storage, self.study, self.number, self.pruner = storage, study, trial, pruner
         self._told = -1
 
     def on_start(self, trainer: Trainer) -> None:
+        if not self.storage or not self.study or self.number < 0:
+            raise ConfigError(
+                "callback=pruning is put into a trial by hydra/sweeper=optuna hydra.sweeper.pruner=median; it does nothing alone"
+            )
         try:
             import optuna
         except ImportError as error:

@@ -15,6 +15,7 @@ from gptlab.study.compare import METRIC, Arm, base_of, collect
 from gptlab.study.statistics import CONFIDENCE, deviation
 from gptlab.tracker.jsonl import curve
 
+MOST = 1000  # beyond which a ratio says no more than that
 FEWEST_SEEDS = 4  # with which the correlation of two arms has an interval
 
 
@@ -105,7 +106,7 @@ def table(gains: Sequence[Gain]) -> Table:
     for i, name in enumerate(head):
         shown.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(row[0], *(cell.replace(" (", "\n(") for cell in row[1:]))
     return shown
 
 
@@ -117,7 +118,9 @@ def markdown(gains: Sequence[Gain]) -> str:
 
 
 def text(found: Gain) -> str:
-    """`2.1 (1.6 to 3.0)`."""
+    """`2.1 (1.6 to 3.0)`; of an arm that is the baseline but for rounding, that it is beyond `MOST`."""
+    if found.low > MOST:
+        return f"over {MOST:,}"
     return f"{_ratio(found.gain)} ({_ratio(found.low)} to {_ratio(found.high)})"
 
 

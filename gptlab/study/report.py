@@ -126,7 +126,8 @@ def remarks(comparison: Comparison) -> list[str]:
     found += _method(comparison)
     gains = [row.pairing_gain for row in comparison.rows if row.pairing_gain]
     if gains:
-        times = f"{min(gains):.1f}" if len(gains) == 1 else f"{min(gains):.1f} to {max(gains):.1f}"
+        most = f"{max(gains):.1f}" if max(gains) < 1000 else "over 1,000"  # of an arm that is the baseline but for rounding
+        times = most if len(gains) == 1 else f"{min(gains):.1f} to {most}"
         found.append(f"pairing by seed: the spread of the differences is {times} times smaller than unpaired")
     return found + comparison.notes
 

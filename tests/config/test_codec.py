@@ -16,7 +16,9 @@ from gptlab.config.sources import config_dir
 from tests.change import transform
 
 CONF = config_dir()
-RECIPES = sorted(f.relative_to(CONF).with_suffix("").as_posix() for f in CONF.rglob("*.yaml") if f.name != "config.yaml")
+RECIPES = sorted(
+    f.relative_to(CONF).with_suffix("").as_posix() for f in CONF.rglob("*.yaml") if f.name != "config.yaml" and "dashboard" not in f.parts
+)  # of runs
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -18,7 +18,9 @@ from gptlab.config.sources import config_dir, experiment_dirs
 
 load_components()
 CONF = config_dir()
-RECIPES = sorted(f.relative_to(CONF).with_suffix("").as_posix() for f in CONF.rglob("*.yaml") if f.name != "config.yaml")
+RECIPES = sorted(
+    f.relative_to(CONF).with_suffix("").as_posix() for f in CONF.rglob("*.yaml") if f.name != "config.yaml" and "dashboard" not in f.parts
+)  # of runs
 EXPERIMENTS = sorted(f for folder in experiment_dirs() for f in folder.glob("*.yaml"))
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gptlab.study.pairing import gain
+from gptlab.study.pairing import Gain, gain, text
 from gptlab.study.statistics import deviation
 
 
@@ -34,3 +34,8 @@ def test_nineteen_intervals_in_twenty_hold_the_true_ratio() -> None:
     pairs = generator.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], size=(2000, n))
     intervals = [gain(pair[:, 0].tolist(), pair[:, 1].tolist()) for pair in pairs]
     assert 0.93 < np.mean([low <= true <= high for _, low, high in intervals]) < 0.97
+
+
+def test_a_ratio_that_is_rounding_is_told_as_large() -> None:
+    assert text(Gain("nudged", 50, 12, 4e5, 2e5, 7e5)) == "over 1,000"
+    assert text(Gain("rmsnorm", 50, 12, 10.24, 5.4, 19.1)) == "10.2 (5.4 to 19.1)"
