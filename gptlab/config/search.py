@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
@@ -57,7 +58,7 @@ class OptunaConfig:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched, and what all trials share. `axes`: key to an optuna distribution; `defaults`: the key's value as composed."""
+    """What is searched, and what all trials share. `axes`: key to an optuna distribution."""
 
     axes: dict[str, Any]
     common: list[str]
@@ -70,6 +71,10 @@ def space_of(options: OptunaConfig, arguments: Sequence[str], parser: OverridesP
     given = [f"{key}={values}" for key, values in options.params.items()]
     for override in parser.parse_overrides([*given, *arguments]):
         key = str(override.get_key_element())
+        if override.is_sweep_override() and key == "seed":
+            raise ConfigError(
+                "hydra/sweeper=optuna: a seed is not searched; give one, and ask of what was found whether it holds on others"
+            )
         if override.is_sweep_override():
             axes[key] = _distribution(key, override)
         else:
@@ -92,7 +97,7 @@ def _distribution(key: str, override: Override) -> Any:
     try:
         if isinstance(value, IntervalSweep):
             log = "log" in value.tags
-            whole = isinstance(value.start, int) and isinstance(value.end, int) and "int" in value.tags
+            whole = isinstance(value.start, int) and isinstance(value.end, int)  # of int(interval(…))
             kind: Any = IntDistribution if whole else FloatDistribution
             return kind(value.start, value.end, log=log)
         if isinstance(value, RangeSweep):
@@ -106,8 +111,6 @@ def _distribution(key: str, override: Override) -> Any:
             return FloatDistribution(start, last, step=step)
         if isinstance(value, ChoiceSweep):
             return CategoricalDistribution([str(v) for v in override.sweep_string_iterator()])
-        if override.is_sweep_override():
-            return CategoricalDistribution([str(v) for v in override.sweep_string_iterator()])
     except ValueError as error:
         raise ConfigError(f"{override.input_line}: {' '.join(str(error).split())}") from error
     raise ConfigError(f"{key}: optuna cannot search {override.input_line!r}; give values, a range(…) or an interval(…)")
@@ -117,6 +120,10 @@ def storage_of(options: OptunaConfig, study: str) -> str:
     """The address of the storage: SQLite in the study's folder, unless told."""
     folder = study_folder(study).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    if "://" in options.storage and urlsplit(options.storage).password:  # it would be written down with every run
+        raise ConfigError(
+            "hydra.sweeper.storage: leave the password out of the address; the database's own file or environment can hold it"
+        )
     return options.storage or f"sqlite:///{folder / STORAGE}"
 
 

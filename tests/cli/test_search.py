@@ -16,7 +16,7 @@ import optuna
 import pytest
 
 from gptlab.config.halving import HISTORY, HalvingConfig, ladder_of
-from gptlab.config.search import STORAGE, found_trials
+from gptlab.config.search import STORAGE, OptunaConfig, found_trials, space_of
 from gptlab.runner.run import all_runs, members
 from tests.cli.conftest import Command, finish, start
 from tests.tiny import tiny
@@ -136,6 +136,8 @@ def test_a_setting_that_fails_goes_no_further(gptlab: Command, corpus_file: Path
         ([RATE, "hydra.sweeper.sampler=grid"], "optimizer.learning_rate is an interval, which has no points"),
         ([RATE, "hydra.sweeper.pruner=medium"], "hydra.sweeper.pruner=medium (did you mean median?)"),
         ([RATE, "hydra.sweeper.trials=0"], "trials=0"),
+        ([RATE, "seed=0,1"], "a seed is not searched"),
+        ([RATE, "hydra.sweeper.storage='postgresql://me:secret@host/db'"], "leave the password out of the address"),
         (["optimizer.learning_rate=interval(2,1)"], "optimizer.learning_rate=interval(2,1)"),
     ],
 )
@@ -206,3 +208,20 @@ def test_the_rungs_of_every_unit_end_with_the_whole_budget() -> None:
         "18x": ["2x", "6x", "18x"],
     }.items():
         assert ladder_of(HalvingConfig(), ["a=1,2"], budget, parser).budgets == rungs
+
+
+def test_the_axes_are_hydras_grammar() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    asked = ["a=1,2", "b=range(1,9,2)", "c=interval(0,1)", "d=int(interval(1,8))", RATE, "e=3", "a.b=x"]
+    space = space_of(OptunaConfig(params={"f": "u,v"}), asked, OverridesParser.create())
+    assert space.common == ["e=3", "a.b=x"]
+    found = {key: str(axis) for key, axis in space.axes.items()}
+    assert found == {
+        "f": "CategoricalDistribution(choices=('u', 'v'))",
+        "a": "CategoricalDistribution(choices=('1', '2'))",
+        "b": "IntDistribution(high=7, log=False, low=1, step=2)",
+        "c": "FloatDistribution(high=1.0, log=False, low=0.0, step=None)",
+        "d": "IntDistribution(high=8, log=False, low=1, step=1)",
+        "optimizer.learning_rate": "FloatDistribution(high=0.1, log=True, low=0.0001, step=None)",
+    }

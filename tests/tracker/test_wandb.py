@@ -115,6 +115,16 @@ def test_a_run_that_diverges_raises_an_alert(corpus_file: Path, online: Server) 
     assert [a["title"] for a in online.alerts] == ["The run diverged"]
 
 
+def test_under_a_sweeps_agent_the_run_is_the_agents(corpus_file: Path, online: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")  # as the agent sets it for the program it starts
+    monkeypatch.setenv("WANDB_RUN_ID", "agents1")
+    outcome = train(compose(tiny(corpus_file, "tracker=wandb", "study=swept")))
+    assert outcome.state == "done"
+    run = online.runs["agents1"]
+    assert run.summary["val/loss"] > 0
+    assert list(online.runs) == ["agents1"]
+
+
 def test_a_resumed_run_goes_on_in_the_same_place_without_repeating_steps(corpus_file: Path, online: Server) -> None:
     StopOnce.fired = False
     overrides = tiny(corpus_file, "tracker=wandb", "study=resumed", "+callback@callbacks.stop=stop_once")
