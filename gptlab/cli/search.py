@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from typing import Any
 
@@ -86,9 +85,8 @@ def _show_halving(study: str) -> None:
             loss = "failed" if row["loss"] is None else f"{row['loss']:.4f}"
             shown.add_row(row["setting"], loss, ("best" if last else "goes on") if row["stays"] else "")
         console.print(shown)
-    best = [row for row in rows if row["stays"]]
-    if best and math.isfinite(best[-1]["loss"] or math.inf):
-        _say_further(best[-1]["setting"].split())
+    if best := next((row for row in own if row["stays"]), None):  # of the last rung: none where all of it failed
+        _say_further(shlex.split(best["setting"]))
 
 
 def _say_further(overrides: list[str]) -> None:

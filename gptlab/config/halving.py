@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.folders import study_folder
 from gptlab.config.resolve import Budget, parse_budget
 from gptlab.config.slots import word
-from gptlab.config.sweeper import quoted
+from gptlab.config.sweeper import LaunchingSweeper, quoted
 
 TARGET = "hydra_plugins.gptlab.HalvingSweeper"
 HISTORY = "halving.json"  # in the study's folder
@@ -98,20 +96,12 @@ def _written(whole: Budget, share: float) -> str:
     return f"{'+' if whole.beyond else ''}{number}{whole.unit}"
 
 
-class HalvingSweeper(Sweeper):  # type: ignore[misc]
+class HalvingSweeper(LaunchingSweeper):
     """Launches a rung as one batch, keeps the better settings, and launches the next."""
-
-    def __init__(self, **options: Any) -> None:
-        pass  # they are read from the config, where the command line stands beside them
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.hydra_context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         options = HalvingConfig(**cast(dict[str, Any], OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)))
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        ladder = ladder_of(options, arguments, str(self.config.trainer.budget), parser)
+        ladder = ladder_of(options, arguments, str(self.config.trainer.budget), self.parser())
         name = str(self.config.study)
         settings, returned, history = ladder.settings, list[Any](), list[Standing]()
         sizes = ladder.sizes(options.keep)
@@ -128,7 +118,7 @@ class HalvingSweeper(Sweeper):  # type: ignore[misc]
             means = [math.inf if any(v is None or not math.isfinite(v) for v in loss) else math.fsum(loss) / len(loss) for loss in each]
             order = sorted(range(len(settings)), key=lambda i: means[i])
             stays = {i for i in order[: sizes[rung + 1] if rung + 1 < len(sizes) else 1] if math.isfinite(means[i])}
-            history += [Standing(rung + 1, budget, " ".join(settings[i]), means[i], i in stays) for i in order]
+            history += [Standing(rung + 1, budget, shlex.join(settings[i]), means[i], i in stays) for i in order]
             folder = study_folder(name)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / HISTORY).write_text(json.dumps([_told(standing) for standing in history], indent=1), encoding="utf-8")

@@ -18,16 +18,13 @@ from urllib.parse import urlsplit
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab.config.errors import ConfigError, IOFailure
 from gptlab.config.folders import study_folder
 from gptlab.config.registry import suggest
 from gptlab.config.slots import word
-from gptlab.config.sweeper import quoted
+from gptlab.config.sweeper import LaunchingSweeper, quoted
 
 if TYPE_CHECKING:
     import optuna
@@ -153,8 +150,6 @@ def open_study(options: OptunaConfig, name: str, space: Space) -> optuna.Study:
             pruner=giving_up,
         )
         trials = study.get_trials(deepcopy=False)
-    except ImportError as error:
-        raise ConfigError(f"hydra.sweeper.sampler={options.sampler}: {error}") from error
     except Exception as error:  # its storages raise SQLAlchemy's errors, and their own
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         if "locked" in reason:
@@ -178,7 +173,8 @@ def _sampler(options: OptunaConfig, space: Space, begun: int) -> Any:
     from optuna import samplers
 
     seed = options.seed + begun
-
+    if options.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+        raise ConfigError("hydra.sweeper.sampler=cmaes needs cmaes: pip install 'gptlab[sweep]'")
     if options.sampler == "grid":
         points: dict[str, list[Any]] = {}
         for key, axis in space.axes.items():
@@ -253,15 +249,8 @@ def label_of(parameters: dict[str, Any]) -> str:
     return quoted(" ".join(word(key, format(v, ".4g") if isinstance(v, float) else str(v)) for key, v in parameters.items()))
 
 
-class OptunaSweeper(Sweeper):  # type: ignore[misc]
+class OptunaSweeper(LaunchingSweeper):
     """Asks optuna for settings, launches them, tells it what their runs came to."""
-
-    def __init__(self, **options: Any) -> None:
-        pass  # they are read from the config, where the command line stands beside them
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config, self.hydra_context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         if importlib.util.find_spec("optuna") is None:
@@ -269,7 +258,7 @@ class OptunaSweeper(Sweeper):  # type: ignore[misc]
         options = OptunaConfig(**cast(dict[str, Any], OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)))
         if options.trials < 1 or options.side_by_side < 1:
             raise ConfigError(f"hydra.sweeper: trials={options.trials} and side_by_side={options.side_by_side} must be at least 1")
-        space = space_of(options, arguments, OverridesParser.create(config_loader=self.hydra_context.config_loader))
+        space = space_of(options, arguments, self.parser())
         name = str(self.config.study)
         study = open_study(options, name, space)
         _begin(study, space, self.config if options.first else None)

@@ -126,8 +126,8 @@ def _values(override: str, parser: OverridesParser) -> list[str]:
     return [str(v) for v in parsed.sweep_string_iterator()] if parsed.is_sweep_override() else [str(parsed.get_value_element_as_str())]
 
 
-class ArmSweeper(Sweeper):  # type: ignore[misc]
-    """Launches every arm with every seed as one batch."""
+class LaunchingSweeper(Sweeper):  # type: ignore[misc]
+    """What our sweepers share: the config, its launcher, and Hydra's grammar."""
 
     def __init__(self, **options: Any) -> None:
         pass  # they are read from the config, where the command line stands beside them
@@ -136,9 +136,16 @@ class ArmSweeper(Sweeper):  # type: ignore[misc]
         self.config, self.hydra_context = config, hydra_context
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
 
+    def parser(self) -> OverridesParser:
+        """Of overrides, with the groups of this config."""
+        return OverridesParser.create(config_loader=self.hydra_context.config_loader)
+
+
+class ArmSweeper(LaunchingSweeper):
+    """Launches every arm with every seed as one batch."""
+
     def sweep(self, arguments: list[str]) -> Any:
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        jobs = study_of(self.config.hydra.sweeper, arguments, parser).jobs()
+        jobs = study_of(self.config.hydra.sweeper, arguments, self.parser()).jobs()
         self.validate_batch_is_legal(jobs)
         results = self.launcher.launch(jobs, initial_job_idx=0)
         for result in results:

@@ -225,3 +225,20 @@ def test_the_axes_are_hydras_grammar() -> None:
         "d": "IntDistribution(high=8, log=False, low=1, step=1)",
         "optimizer.learning_rate": "FloatDistribution(high=0.1, log=True, low=0.0001, step=None)",
     }
+
+
+def test_a_missing_part_of_the_extra_is_named(gptlab: Command, corpus_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "cmaes" else real(name, *a))
+    result = gptlab(*OPTUNA, *tiny(corpus_file), RATE, "hydra.sweeper.sampler=cmaes")
+    assert result.code == 2
+    assert "needs cmaes: pip install 'gptlab[sweep]'" in result.err
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "random"])
+def test_every_sampler_searches(gptlab: Command, corpus_file: Path, sampler: str) -> None:
+    weight = "optimizer.weight_decay=interval(0,0.3)"
+    result = gptlab(*OPTUNA, "hydra.sweeper.trials=4", f"hydra.sweeper.sampler={sampler}", *tiny(corpus_file), RATE, weight)
+    assert result.code == 0, result.err
+    assert "warning" not in (result.out + result.err).lower()
+    assert len({t.params["optimizer.weight_decay"] for t in found_trials("rates")}) == 4
