@@ -21,11 +21,18 @@ Place = tuple[int, int]  # start and length
 
 
 class Heap:
-    """Best fit with free neighbours joined, as glibc keeps its large blocks; its end is never given back (`hardware.device`'s settings)."""
+    """Best fit with free neighbours joined, as glibc keeps its large blocks; it never gives back what it has grown to (`hardware.device`).
 
-    def __init__(self) -> None:
-        self.top = 0  # bytes that the heap has come to span
-        self._free: list[tuple[int, int]] = []  # (size, start), sorted
+    Of blocks that are multiples of 64 bytes from `start` on every address is glibc's own (tested), except among gaps of the same size.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self.top = start  # what lies beyond is free
+        self.length = 0  # bytes that the heap has come to span
+        self._begin = start
+        self._sizes: list[int] = []  # of free blocks, sorted
+        self._bins: dict[int, list[int]] = {}  # size -> starts of free blocks
+        self._fresh: list[int] = []  # starts of those freed since a block was last looked for: none of them in a bin yet
         self._starts: dict[int, int] = {}  # of free blocks: start -> size
         self._ends: dict[int, int] = {}  # end -> start
         self._cached: dict[int, list[int]] = {}  # size -> starts of small blocks that wait for another of their size
@@ -33,11 +40,11 @@ class Heap:
     def take(self, size: int) -> Place:
         """A tensor's block: in the smallest gap that holds what glibc asks for an aligned one, else at the end."""
         wanted = max(SMALLEST, -(-(size + HEADER) // UNIT) * UNIT)
-        start, room = self._gap(wanted + ALIGNMENT + SMALLEST)
+        start, room = self._cut(wanted + ALIGNMENT + SMALLEST + UNIT)
         before = -(start + UNIT) % ALIGNMENT
         before += ALIGNMENT * (0 < before < SMALLEST)
         after = room - before - wanted
-        if after < SMALLEST:
+        if after <= SMALLEST:
             wanted, after = wanted + after, 0
         for sliver in ((start, before), (start + before + wanted, after)):
             if sliver[1]:
@@ -45,25 +52,24 @@ class Heap:
         return start + before, wanted
 
     def give(self, place: Place) -> None:
-        """Free a block."""
+        """Free a block: joined with what is free beside it, or with what lies beyond the last."""
         start, size = place
-        if (after := self._starts.get(start + size)) is not None:
-            self._remove(start + size, after)
-            size += after
         if (before := self._ends.get(start)) is not None:
-            length = start - before
-            self._remove(before, length)
-            start, size = before, size + length
+            self._remove(before)
+            start, size = before, size + start - before
+        if start + size == self.top:
+            self.top = start
+            return
+        if (after := self._starts.get(start + size)) is not None:
+            self._remove(start + size)
+            size += after
         self._add(start, size)
 
     def take_small(self, size: int) -> Place:
         """A small object: where another of its size was, else at the beginning of the smallest gap that holds it."""
         if kept := self._cached.get(size):
             return kept.pop(), size
-        start, room = self._gap(size)
-        if room > size:
-            self._add(start + size, room - size)
-        return start, size
+        return self._cut(size)
 
     def give_small(self, place: Place) -> None:
         """Free a small object, or what alignment left over: where it is cached, it keeps its neighbours apart."""
@@ -73,25 +79,48 @@ class Heap:
         else:
             self.give(place)
 
-    def _gap(self, size: int) -> Place:
-        """The smallest gap of at least so many bytes, no longer free; else the heap is made longer, by what a gap at its end lacks."""
-        place = bisect.bisect_left(self._free, (size, 0))
-        if place < len(self._free):
-            room, start = self._free[place]
-            self._remove(start, room)
+    def _cut(self, size: int) -> Place:
+        """So many bytes of the smallest gap that has them, or a few more where the rest would be no block; else of what lies beyond."""
+        start = self._fit(size)
+        if start is None:
+            start, self.top = self.top, self.top + size
+            self.length = max(self.length, self.top - self._begin)
+            return start, size
+        room = self._starts[start]
+        self._remove(start)
+        if room - size < SMALLEST:
             return start, room
-        start = self._ends.get(self.top, self.top)
-        if start < self.top:
-            self._remove(start, self.top - start)
-        self.top = start + size
+        self._add(start + size, room - size)
         return start, size
 
+    def _fit(self, size: int) -> int | None:
+        """Start of the smallest gap of at least so many bytes; one that was just freed and is of this very size comes first."""
+        while self._fresh:
+            start = self._fresh[0]
+            room = self._starts[start]
+            if room == size:
+                return start
+            del self._fresh[0]
+            if (same := self._bins.get(room)) is None:
+                bisect.insort(self._sizes, room)
+                self._bins[room] = [start]
+            else:
+                same.insert(1, start)
+        place = bisect.bisect_left(self._sizes, size)
+        # Of several of a size the second, which glibc can unlink without touching its list of sizes.
+        return self._bins[self._sizes[place]][:2][-1] if place < len(self._sizes) else None
+
     def _add(self, start: int, size: int) -> None:
-        bisect.insort(self._free, (size, start))
+        self._fresh.append(start)
         self._starts[start] = size
         self._ends[start + size] = start
 
-    def _remove(self, start: int, size: int) -> None:
-        del self._free[bisect.bisect_left(self._free, (size, start))]
-        del self._starts[start]
+    def _remove(self, start: int) -> None:
+        size = self._starts.pop(start)
         del self._ends[start + size]
+        if start in self._fresh:
+            self._fresh.remove(start)
+            return
+        self._bins[size].remove(start)
+        if not self._bins[size]:
+            del self._bins[size], self._sizes[bisect.bisect_left(self._sizes, size)]

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptlab.hardware.device import GIANT
-from gptlab.runner.heap import NODE, STORAGE, TENSOR, Heap
+from gptlab.runner.heap import CACHED, NODE, STORAGE, TENSOR, Heap
 
 BUFFERS = (20 << 20, 9 << 20, 8 << 20)  # bytes that MKL takes in the heap at the first product, in the midst of the tensors, and keeps
+# bytes of the small blocks that oneDNN takes and gives back, by the thousand, in a product of lower precision
+LIBRARY = range(32, 224, 16)
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 
@@ -45,6 +47,10 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._pinned = True
             for size in BUFFERS:
                 self.heap.take(size)
+        if self.heap is not None and func.overloadpacket in _PRODUCTS and found.dtype != torch.float32:
+            for size in LIBRARY:
+                for place in [self.heap.take_small(size) for _ in range(CACHED)]:
+                    self.heap.give_small(place)
         return found
 
     def _count(self, tensor: Tensor) -> None:
@@ -76,7 +82,7 @@ class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.span = max(self.span, self._spanned())
 
     def _spanned(self) -> int:
-        return self.now if self.heap is None else self.heap.top + self.giants
+        return self.now if self.heap is None else self.heap.length + self.giants
 
     def begin(self) -> None:
         """Look for the highest mark from here on."""
