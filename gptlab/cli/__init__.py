@@ -168,12 +168,13 @@ def compare(
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as comma-separated values.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page: curves, verdicts, samples.", metavar="FILE")] = None,
     pairing: Annotated[bool, typer.Option("--pairing", help="Also what pairing by seed gains, at every step that was measured.")] = False,
+    power: Annotated[bool, typer.Option("--power", help="Also how often the seeds that a verdict asks for find the effect.")] = False,
 ) -> None:
     """Compare the arms of a study: each against the baseline, on paired seeds."""
     from gptlab.cli.show import compare as show
 
     forms = {"json": as_json, "markdown": as_markdown, "csv": as_csv}
-    show(study, baseline=baseline, target=target, effect=effect, forms=forms, png=png, html=html, paired=pairing)
+    show(study, baseline=baseline, target=target, effect=effect, forms=forms, png=png, html=html, paired=pairing, resampled=power)
 
 
 @app.command()

@@ -17,6 +17,9 @@ from gptlab.study.page import write_page
 from gptlab.study.pairing import markdown as pairing_markdown
 from gptlab.study.pairing import pairing
 from gptlab.study.pairing import table as pairing_table
+from gptlab.study.power import markdown as power_markdown
+from gptlab.study.power import power_of
+from gptlab.study.power import table as power_table
 from gptlab.study.report import csv_table, draw_curves, markdown, show
 from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import finite
@@ -32,6 +35,7 @@ def compare(
     png: Path | None,
     html: Path | None,
     paired: bool,
+    resampled: bool,
 ) -> None:
     """Print a comparison as a table, or in the one of `forms` (json, markdown, csv) that was asked for. Raises ConfigError for several."""
     asked = [name for name, wanted in forms.items() if wanted]
@@ -40,17 +44,21 @@ def compare(
     form = asked[0] if asked else "table"
     found = compare_study(study, baseline=baseline, target=target, effect=effect)
     gains = pairing(found.study, baseline=baseline) if paired else []
+    powers = power_of(found.study, baseline=baseline, effect=effect) if resampled else []
     if form == "json":
         told = found.to_json() | ({"pairing": [asdict(g) for g in gains]} if paired else {})
+        told |= {"power": [asdict(p) for p in powers]} if resampled else {}
         print(json.dumps(finite(told), indent=1, allow_nan=False))
     elif form == "markdown":
-        print(markdown(found) + (pairing_markdown(gains) if paired else ""), end="")
+        print(markdown(found) + (pairing_markdown(gains) if paired else "") + (power_markdown(powers) if resampled else ""), end="")
     elif form == "csv":
         print(csv_table(found), end="")
     else:
         show(found)
         if paired:
             console.print(pairing_table(gains))
+        if resampled:
+            console.print(power_table(powers))
     said = form in ("table", "markdown")
     if png is not None:
         draw_curves(study, png)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.table import Table
 from scipy import special
 
 from gptlab.config.errors import ConfigError
+from gptlab.study import tables
 from gptlab.study.compare import METRIC, Arm, base_of, collect
 from gptlab.study.statistics import CONFIDENCE, deviation
 from gptlab.tracker.jsonl import curve
@@ -102,19 +102,12 @@ def _title(gains: Sequence[Gain]) -> str:
 def table(gains: Sequence[Gain]) -> Table:
     """For a terminal."""
     head, rows = _cells(gains)
-    shown = Table(title=_title(gains), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(head):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        shown.add_row(row[0], *(cell.replace(" (", "\n(") for cell in row[1:]))
-    return shown
+    return tables.table(_title(gains), head, [[row[0], *(cell.replace(" (", "\n(") for cell in row[1:])] for row in rows])
 
 
 def markdown(gains: Sequence[Gain]) -> str:
     """The same in markdown, with its title above it."""
-    head, rows = _cells(gains)
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join(["", f"{_title(gains)}:", "", lines[0], "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|", *lines[1:], ""])
+    return tables.markdown(_title(gains), *_cells(gains))
 
 
 def text(found: Gain) -> str:

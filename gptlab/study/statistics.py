@@ -13,7 +13,7 @@ from scipy import special
 
 CONFIDENCE = 0.95
 MOST_SEEDS = 1000  # beyond which nobody trains on
-LIKELY = 0.6  # the chance that the variance is below the one that is planned with: more than half, so that the power is right on average
+LIKELY = 0.67  # the chance that the variance is below the one that is planned with: more than half, so that the power is right on average
 POWER = 0.8  # with which a number of seeds is to find a difference
 RESAMPLES = 10_000  # of a bootstrap
 _SHARES = (np.arange(400) + 0.5) / 400  # of a distribution, by which a mean over it is taken

@@ -36,8 +36,9 @@ Losses = Mapping[int, float]  # of one arm, by seed
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind`: better, worse, same (no difference beyond `bound`), undecided (about `more` seeds, `more_least` to `more_most`; None:
-    XX. `p` is of this arm alone, `p_holm` corrected for all arms; `interval` covers the seeds."""
+    """`kind`: better, worse, same (no difference beyond `bound`), undecided (a true difference of `effect` takes
+    about `more` seeds, `more_least` to `more_most`, one as large as was found `more_found`; None: over MOST_SEEDS). `p` is of this arm
+    alone, `p_holm` corrected for all arms; `interval` covers the seeds."""
 
     kind: str
     interval: Interval | None
@@ -49,6 +50,7 @@ class Verdict:
     more: int | None = None
     more_least: int | None = None
     more_most: int | None = None
+    more_found: int | None = None
     bootstrap: tuple[float, float] | None = None
 
     @property
@@ -64,12 +66,13 @@ class Verdict:
             return f"{self.kind} by {abs(found.mean):.4f} ± {found.half:.4f} ({_p(self.p_holm)}){small}"
         if self.kind == "same":
             return f"no difference beyond ± {_up(self.bound or 0.0)}"
-        size = max(self.effect, abs(found.mean))
         least = f"{self.more_least:,}" if self.more_least is not None else "over 1,000"
         between = f"{least} to {self.more_most:,}" if self.more_most is not None else f"{least} to over 1,000"
         about = f"about {self.more:,} more seed{'s' * (self.more != 1)} ({between})" if self.more is not None else "over 1,000 more seeds"
+        larger = self.more_found is not None and self.more_found != self.more
+        other = f", one of {abs(found.mean):.2g} as found about {self.more_found:,}" if larger else ""
         alone = f" ({_p(self.p)} alone, {_p(self.p_holm)} among the arms)" if self.p is not None and self.p < LEVEL else ""
-        return f"undecided{alone}: a difference of {size:.2g} takes {about}"
+        return f"undecided{alone}: a difference of {self.effect:.2g} takes {about}{other}"
 
 
 def _up(value: float) -> str:
@@ -167,7 +170,12 @@ def _verdict(made: Estimate, p: float, p_holm: float, effect: float, level: floa
     def df(n: int) -> int:  # of so many seeds; the block model's grow with the arms
         return n - 1 if n >= PAIRED_FROM or made.method != "block model" else max(1, made.df * (n - 1) // (made.n - 1))
 
-    size = max(effect, abs(interval.mean))
-    needed = [seeds_for(size, variance, df, level / max(1, undecided)) for variance in variance_bounds(made.variance, made.df)]
-    about, least, most = (None if n is None else max(1, n - made.n) for n in needed)
-    return replace(known, more=about, more_least=least, more_most=most)
+    def seeds(size: float, variance: float) -> int | None:
+        n = seeds_for(size, variance, df, level / max(1, undecided))
+        return None if n is None else max(1, n - made.n)
+
+    bounds = variance_bounds(made.variance, made.df)
+    about, least, most = (seeds(effect, variance) for variance in bounds)
+    # Of a few seeds a difference looks larger than it is, so that the smallest worth knowing is what a study is planned by.
+    as_found = seeds(abs(interval.mean), bounds[0]) if abs(interval.mean) > effect else None
+    return replace(known, more=about, more_least=least, more_most=most, more_found=as_found)

@@ -37,6 +37,21 @@ def test_every_reading_of_a_study_has_a_gain(corpus_file: Path, gptlab: Command)
     assert gptlab("compare", "p", "--pairing").code == 2
 
 
+def test_power_is_told_of_studies_with_many_seeds(corpus_file: Path, gptlab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(4):
+        for norm in ("layernorm", "rmsnorm"):
+            own = [f"model/norm={norm}", f"seed={seed}"]
+            train(compose(tiny(corpus_file, "study=p", *own, steps=2)), settings=settings(own))
+    refused = gptlab("compare", "p", "--power")
+    assert (refused.code, refused.out) == (2, "")
+    assert "--power needs at least 12 seeds that 'rmsnorm' and 'layernorm' both have: 4" in " ".join(refused.err.split())
+    monkeypatch.setattr("gptlab.study.power.FEWEST_SEEDS", 4)
+    monkeypatch.setattr("gptlab.study.power.PILOT", 3)
+    told = json.loads(gptlab("compare", "p", "--power", "--effect", "0.5", "--json").out)["power"]
+    assert [(p["label"], p["effect"], p["seeds"]) for p in told] == [("rmsnorm", 0.5, 4)]
+    assert "power: a true difference of 0.5" in gptlab("compare", "p", "--power", "--effect", "0.5", "--markdown").out
+
+
 def test_json_has_no_infinity(corpus_file: Path, gptlab: Command) -> None:
     """Arms that are equal in every seed gain without bound, which JSON cannot say."""
     for seed in range(4):
