@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import os
 import sys
+import time
 import types
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +21,8 @@ from gptlab.tracker.guard import TrackerWarning
 from gptlab.tracker.protocol import Histogram, Metrics, RunInfo
 
 _LAUNCH = "wandb.sdk.launch.inputs.internal"
-INIT_TIMEOUT, FINISH_TIMEOUT = 15.0, 15.0  # seconds; wandb waits minutes on a server that does not answer
+INIT_TIMEOUT, FINISH_TIMEOUT, PROBE_TIMEOUT = 15.0, 15.0, 3.0  # seconds; wandb waits minutes on a server that does not answer
+KEPT = "its files are kept for `wandb sync`"
 
 
 class _NoInputs:
@@ -48,6 +53,7 @@ class _Wandb:
         self.project, self.entity, self.mode, self.checkpoints = project, entity, mode, checkpoints
         self._run: Any = None
         self._directory = Path()
+        self._online = mode == "online"
         self._texts: list[tuple[int, str, str]] = []
         self._logged_to = -1
 
@@ -61,8 +67,9 @@ class _Wandb:
             if self.mode == "offline":
                 self._warn("could not start", error, "metrics go to metrics.jsonl alone")
                 return
-            self._warn("could not be reached", error, "its files are kept for `wandb sync`")
+            self._warn("could not be reached", error, KEPT)
             wandb.teardown()
+            self._online = False
             self._run = self._init(run, "offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -110,13 +117,12 @@ class _Wandb:
             self._run.log(metrics)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A table of all texts so far: W&B shows the newest of a name."""
+        """As a page of its own at that step, and at the end all in one table: a table asks the server first, and training would wait."""
         import wandb
 
         if self._run is not None and step > self._logged_to:
             self._texts.append((step, name, text))
-            table = wandb.Table(columns=["step", "sample", "text"], data=[list(row) for row in self._texts])
-            self._run.log({"samples": table, "step": step})
+            self._run.log({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "step": step})
 
     def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
         import wandb
@@ -128,16 +134,42 @@ class _Wandb:
     def finish(self, summary: Metrics, code: int) -> None:
         if self._run is None:
             return
+        began = time.monotonic()
         try:
             self._run.summary.update(summary)
             if code == DivergedError.code:
                 after = f"after step {int(summary.get('step', 0))}"
                 self._run.alert("The run diverged", f"{self._run.name}: the loss or a gradient is not finite {after}")
-            if self.checkpoints and not code:
-                self._keep_checkpoint(summary)
+            if self._answers():
+                self._keep_samples()
+                if self.checkpoints and not code:
+                    self._keep_checkpoint(summary)
+            began = time.monotonic()
             self._run.finish(exit_code=code)
         except Exception as error:  # the server may die at any time; the data is on disk
-            self._warn("did not finish", error, "its files are kept for `wandb sync`")
+            self._warn("did not finish", error, KEPT)
+            return
+        if self._online and time.monotonic() - began >= FINISH_TIMEOUT:  # the client says nothing then
+            self._warn("has not everything yet", f"the server was waited for {FINISH_TIMEOUT:g} s", KEPT)
+
+    def _answers(self) -> bool:
+        """Whether the server is there: what is kept as an artifact asks it, and the client waits long for one that is gone."""
+        if not self._online:
+            return True
+        try:
+            with urllib.request.urlopen(self._run.settings.base_url, timeout=PROBE_TIMEOUT):
+                return True
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+
+    def _keep_samples(self) -> None:
+        import wandb
+
+        if self._texts:
+            table = wandb.Table(columns=["step", "sample", "text"], data=[list(row) for row in self._texts])
+            self._run.log({"samples": table, "step": self._texts[-1][0]})
 
     def _keep_checkpoint(self, summary: Metrics) -> None:
         import wandb
@@ -150,7 +182,7 @@ class _Wandb:
             self._run.log_artifact(artifact)
 
     @staticmethod
-    def _warn(what: str, error: Exception, then: str) -> None:
+    def _warn(what: str, error: Exception | str, then: str) -> None:
         sentence = " ".join(str(error).split())[:200] or type(error).__name__
         warnings.warn(TrackerWarning(f"W&B {what} ({sentence}); {then}"), stacklevel=3)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
+import wandb
 from tests.cli.conftest import Command
 from tests.stand_ins.wandb_server import Server, wandb_server
 from tests.tiny import tiny
@@ -78,7 +78,7 @@ def test_with_an_account_it_is_saved(gptlab: Command, study: str, online: Server
 def test_a_proxy_that_answers_html_costs_a_sentence_and_leaves_the_json(
     gptlab: Command, study: str, online: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    online.html = True
+    online.manner = "html"
     result = gptlab("dashboard", study, "--entity", "tester")
     assert result.code == 74
     assert "W&B did not take the dashboard" in result.err

@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class Server(ThreadingHTTPServer):
         self.artifacts: list[dict[str, Any]] = []  # the variables of each that was created
         self.alerts: list[dict[str, Any]] = []
         self.views: list[dict[str, Any]] = []
-        self.html = False  # whether it answers as a proxy does that wants a login
+        self.manner = "up"  # or "slow", "silent", "html" (a proxy that wants a login), "forbidden", "gone"
 
     @property
     def url(self) -> str:
@@ -76,22 +77,37 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         return gzip.decompress(raw) if self.headers.get("Content-Encoding") == "gzip" else raw
 
-    def do_GET(self) -> None:
-        self._answer({})
-
-    def do_PUT(self) -> None:
-        self._body()
-        self._answer({})
-
-    def do_POST(self) -> None:
-        body = self._body()
-        if self.server.html:
-            page = b"<html><body>Please log in</body></html>"
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
+    def _ill(self) -> bool:
+        """Whether the request was answered as a server answers that is not well."""
+        manner = self.server.manner
+        if manner == "slow":
+            time.sleep(1)
+        elif manner in ("silent", "gone"):  # a connection that stays open without an answer, or is closed
+            time.sleep(120 if manner == "silent" else 0)
+            self.close_connection = True
+            return True
+        elif manner in ("html", "forbidden"):
+            page = b"<html><body>Please log in</body></html>" if manner == "html" else b'{"errors": [{"message": "permission denied"}]}'
+            self.send_response(200 if manner == "html" else 403)
+            self.send_header("Content-Type", "text/html" if manner == "html" else "application/json")
             self.send_header("Content-Length", str(len(page)))
             self.end_headers()
             self.wfile.write(page)
+            return True
+        return False
+
+    def do_GET(self) -> None:
+        if not self._ill():
+            self._answer({})
+
+    def do_PUT(self) -> None:
+        self._body()
+        if not self._ill():
+            self._answer({})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self._ill():
             return None
         if self.path == "/graphql":
             request = json.loads(body)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import wandb
 
+import wandb
 from gptlab import compose, train
 from gptlab.config.errors import DivergedError, Stopped
 from gptlab.config.registry import register
@@ -97,7 +97,9 @@ def test_arms_samples_histograms_and_the_last_checkpoint_arrive(corpus_file: Pat
     assert run.settings["jobType"] == "rmsnorm wide"
     assert run.settings["tags"] == ["shown", "seed 3"]
     tables = [h["samples"] for h in run.history if "samples" in h]
-    assert [t["nrows"] for t in tables] == [1, 2, 3]  # at 6, at 12 and at the end
+    assert [t["nrows"] for t in tables] == [3]  # at 6, at 12 and at the end
+    pages = [(h["step"], h["sample"]["_type"]) for h in run.history if "sample" in h]
+    assert pages == [(6, "html-file"), (12, "html-file"), (12, "html-file")]
     name = "gradients/blocks.0.attention.query_key_value.weight"
     histograms = {h["step"]: value for h in run.history for key, value in h.items() if key.startswith("gradients/blocks.0.attention")}
     assert list(histograms) == [5, 10], name
