@@ -56,7 +56,7 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
         compose.prepare()
         shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
         asked, live = (Sweep(False, None), contextlib.nullcontext()) if shows_only else _expect(passed, stack)
-        outcomes = stack.enter_context(_launch_folder())
+        outcomes = stack.enter_context(_launch_folder(runs_root() / ".launch" if asked.elsewhere else None))
         with live:
             _run_hydra(passed)
         if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
@@ -144,14 +144,21 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _launch_folder() -> Iterator[Path]:
-    """A folder for Hydra's own notes and the outcomes that the tasks of this launch append; gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="gptlab-launch-"))
+def _launch_folder(shared: Path | None) -> Iterator[Path]:
+    """A folder for Hydra's own notes and the outcomes that the tasks of this launch append; gone afterwards. In `shared`, where the tasks'
+    machines have no other folder in common with this one."""
+    if shared is not None:
+        shared.mkdir(parents=True, exist_ok=True)
+        shared = shared.resolve()
+    folder = Path(tempfile.mkdtemp(prefix="gptlab-launch-", dir=shared))
     try:
         with environment(LAUNCH, str(folder)):
             yield folder / "outcomes.jsonl"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if shared is not None:
+            with contextlib.suppress(OSError):  # another launch's
+                shared.rmdir()
 
 
 def _run_hydra(arguments: list[str]) -> None:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from gptlab.config import halving, search, sweeper
+from gptlab.config.cluster import store_cluster
 from gptlab.config.codec import RECIPES_WITH_SLOTS, options_in
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
@@ -48,6 +49,7 @@ def prepare() -> None:
         Plugins.instance().register(plugin)
     sweepers = {sweeper.TARGET: sweeper.ArmSweeper, search.TARGET: search.OptunaSweeper, halving.TARGET: halving.HalvingSweeper}
     sweeper.install(sweepers)
+    store_cluster(store)
     # An error of ours is one sentence; Hydra's own printing would come before it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptlab.config import halving, search
+from gptlab.config import cluster, halving, search
 from gptlab.config.compose import prepare, without_environment
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, explain
@@ -33,7 +34,8 @@ class Point:
 @dataclass(frozen=True)
 class Sweep:
     """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms; `search`: the sweeper
-    that chooses as it goes; `size`: how many runs there will be (0: not known)."""
+    that chooses as it goes; `size`: how many runs there will be (0: not known); `elsewhere`: on other machines, which share the runs'
+    folder and not this one's temporary files."""
 
     swept: bool
     points: list[Point] | None
@@ -41,6 +43,7 @@ class Sweep:
     name: str = ""  # of the study's folder
     search: str = ""
     size: int = 0
+    elsewhere: bool = False
 
 
 def points(overrides: Sequence[str], *, what: str) -> list[Point]:
@@ -65,34 +68,39 @@ def sweep(overrides: Sequence[str], *, multirun: bool = False) -> Sweep:
             assert running is not None
             loader = running.config_loader
             composed = running.compose_config("config", list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False)
-            hydra = composed.hydra
-            with without_environment():  # what a sweep's values hold becomes overrides, as plain text
-                OmegaConf.to_container(hydra.sweeper, resolve=True)
-            parser = OverridesParser.create(config_loader=loader)
-            lists = any(o.is_sweep_override() for o in parser.parse_overrides(list(overrides)))
-            if not (multirun or hydra.mode == RunMode.MULTIRUN or lists):
-                return Sweep(False, [Point(list(overrides), [])])
-            kind = str(hydra.sweeper.get("_target_", ""))
-            if kind.endswith("ArmSweeper"):
-                study = study_of(hydra.sweeper, overrides, parser)
-                jobs = [Point(study.job(a, s), [*a.overrides, f"seed={s}"]) for s in study.seeds for a in study.arms]
-                return Sweep(True, jobs, study, str(composed.study), size=len(jobs))
-            if kind == search.TARGET:
-                return Sweep(True, None, name=str(composed.study), search="optuna", size=int(hydra.sweeper.trials))
-            if kind == halving.TARGET:
-                options = halving.HalvingConfig(**OmegaConf.to_container(hydra.sweeper, resolve=True))  # type: ignore[arg-type]
-                ladder = halving.ladder_of(options, overrides, str(composed.trainer.budget), parser)
-                size = sum(ladder.sizes(options.keep)) * max(1, len(ladder.seeds))
-                return Sweep(True, None, name=str(composed.study), search="halving", size=size)
-            if not kind.endswith("BasicSweeper"):
-                return Sweep(True, None)
-            parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
-            parsed = parser.parse_overrides([*parameters, *overrides])
-            last = {o.get_key_element(): o.is_sweep_override() for o in parsed}  # what comes later wins
-            found = [[str(o) for o in point] for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
-            points = [Point(point, [o for o in point if last.get(o.partition("=")[0])]) for point in found]
-            return Sweep(True, points, name=str(composed.study), size=len(points))
+            found = _asked(loader, composed, overrides, multirun)
+            return replace(found, elsewhere=str(composed.hydra.launcher.get("_target_", "")).endswith(cluster.TARGET))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _asked(loader: ConfigLoader, composed: DictConfig, overrides: Sequence[str], multirun: bool) -> Sweep:
+    hydra = composed.hydra
+    with without_environment():  # what a sweep's values hold becomes overrides, as plain text
+        OmegaConf.to_container(hydra.sweeper, resolve=True)
+    parser = OverridesParser.create(config_loader=loader)
+    lists = any(o.is_sweep_override() for o in parser.parse_overrides(list(overrides)))
+    if not (multirun or hydra.mode == RunMode.MULTIRUN or lists):
+        return Sweep(False, [Point(list(overrides), [])])
+    kind = str(hydra.sweeper.get("_target_", ""))
+    if kind.endswith("ArmSweeper"):
+        study = study_of(hydra.sweeper, overrides, parser)
+        jobs = [Point(study.job(a, s), [*a.overrides, f"seed={s}"]) for s in study.seeds for a in study.arms]
+        return Sweep(True, jobs, study, str(composed.study), size=len(jobs))
+    if kind == search.TARGET:
+        return Sweep(True, None, name=str(composed.study), search="optuna", size=int(hydra.sweeper.trials))
+    if kind == halving.TARGET:
+        options = halving.HalvingConfig(**OmegaConf.to_container(hydra.sweeper, resolve=True))  # type: ignore[arg-type]
+        ladder = halving.ladder_of(options, overrides, str(composed.trainer.budget), parser)
+        size = sum(ladder.sizes(options.keep)) * max(1, len(ladder.seeds))
+        return Sweep(True, None, name=str(composed.study), search="halving", size=size)
+    if not kind.endswith("BasicSweeper"):
+        return Sweep(True, None)
+    parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    parsed = parser.parse_overrides([*parameters, *overrides])
+    last = {o.get_key_element(): o.is_sweep_override() for o in parsed}  # what comes later wins
+    found = [[str(o) for o in point] for batch in BasicSweeper.split_arguments(parsed, None) for point in batch]
+    points = [Point(point, [o for o in point if last.get(o.partition("=")[0])]) for point in found]
+    return Sweep(True, points, name=str(composed.study), size=len(points))

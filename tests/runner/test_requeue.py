@@ -15,6 +15,7 @@ from gptlab import compose, train
 from gptlab.runner import checkpoint
 from gptlab.runner.run import Run
 from tests.ranks import FAULTS, PATIENCE, ROOT, Session, gptlab, until
+from tests.stand_ins import slurm
 from tests.tiny import tiny
 
 submitit = pytest.importorskip("submitit")
@@ -75,6 +76,31 @@ def test_a_sweep_of_hydras_submitit_launcher_goes_on_in_its_next_session(
     assert [r.state for r in runs] == ["done", "done"]
     for run in runs:
         assert (run.directory / "log.txt").read_text().count("puts the job back into its queue") == 1
+    same_as_uninterrupted(runs, overrides, tmp_path / "whole", monkeypatch)
+
+
+def test_a_sweep_on_slurm_goes_on_session_after_session(corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of three sessions each, through submitit's own SLURM executor; what they leave is on the disk that the cluster shares."""
+    monkeypatch.setenv("PATH", f"{slurm.install(tmp_path / 'slurm')}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPTLAB_SLURM", str(tmp_path / "state"))
+    monkeypatch.setenv("GPTLAB_SLURM_SESSION", "14")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    overrides = tiny(corpus_file, *PLAIN, steps=STEPS)
+    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.mem_gb=1", "hydra.launcher.partition=short"]
+    with gptlab(tmp_path, "-m", "hydra/launcher=submitit_slurm", *limits, *overrides, *PACED, "seed=0,1", ranks=0) as sweep:
+        until(lambda: sweep.process.poll() is not None or any((tmp_path / "state").glob("*.state")), "a job")
+        assert sweep.wait(60) == 0, sweep.output + "".join(f.read_text() for f in (tmp_path / "state").glob("*.out"))
+        assert "2 runs: 2 trained, 0 skipped, 0 failed" in sweep.output
+    script = (tmp_path / "state" / "1.sh").read_text()
+    assert "#SBATCH --array=0-1%2" in script
+    assert "#SBATCH --partition=short" in script
+    assert "#SBATCH --signal=USR2@120" in script
+    requeued = (tmp_path / "state" / "requeued").read_text().split()
+    assert set(requeued) == {"1_0", "1_1"}
+    runs = our_runs()
+    assert [r.state for r in runs] == ["done", "done"]
+    assert sum((r.directory / "log.txt").read_text().count("puts the job back into its queue") for r in runs) == len(requeued)
+    assert not (Path(os.environ["GPTLAB_RUNS"]) / ".launch").exists()
     same_as_uninterrupted(runs, overrides, tmp_path / "whole", monkeypatch)
 
 
