@@ -23,6 +23,8 @@ from gptlab.config.registry import register
 from gptlab.runner.callback import Callback
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker import wandb as tracker_wandb
+from gptlab.tracker.guard import Guarded
+from gptlab.tracker.protocol import Metrics
 from tests.stand_ins.wandb_server import Server, wandb_server
 from tests.tiny import tiny
 
@@ -64,11 +66,24 @@ CASES = {
 }
 
 
+SPENT = {"log": 0.0}  # seconds in the tracker's calls while steps are made
+
+
+class Timed(Guarded):
+    """Says how long training waits for its tracker."""
+
+    def log(self, metrics: Metrics) -> None:
+        began = time.perf_counter()
+        super().log(metrics)
+        SPENT["log"] += time.perf_counter() - began
+
+
 @pytest.fixture
 def _fresh_client(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("gptlab.runner.train.Guarded", Timed)
     monkeypatch.setattr(tracker_wandb, "INIT_TIMEOUT", 4.0)
     monkeypatch.setattr(tracker_wandb, "FINISH_TIMEOUT", 4.0)
     yield
@@ -94,6 +109,7 @@ def test_no_server_costs_a_run_more_than_a_warning(
             own = ["model=nano", "data=text", f"data.corpus.path={corpus_file}", "data/tokenizer=char", "trainer.log_every=1"]
             own = [*own, f"trainer.budget={STEPS}steps", "hardware.threads=1"] if STEPS > 40 else tiny(corpus_file, steps=STEPS)
             capsys.readouterr()
+            SPENT["log"] = 0.0
             began = time.monotonic()
             arguments = [*own, f"tracker={tracker}", "study=faults", f"seed={number}", "+callback@callbacks.manner=server_manner"]
             outcome = train(compose(arguments))
@@ -109,16 +125,17 @@ def test_no_server_costs_a_run_more_than_a_warning(
             warned = shown.count("W&B ") + shown.count("the tracker failed")
             assert warned == case.warnings, f"{name}: {shown}"
             arrived = len(_steps(server, f"faults-{outcome.run.identity}"))
-            rest = waited - steps[-1]
+            rest, share = waited - steps[-1], SPENT["log"] / steps[-1]
+            assert STEPS <= 40 or share < 0.02, f"{name}: {share:.1%} of the steps"
         synced = _synced(outcome.run.directory, f"faults-{outcome.run.identity}") if tracker != "none" else 0
         if tracker != "none":
             assert synced == STEPS, f"{name}: {synced} of {STEPS} steps after wandb sync"
-        rows.append((name, step / plain, rest, warned, arrived, synced))
+        rows.append((name, step / plain, share, rest, warned, arrived, synced))
     with capsys.disabled():
-        print("\n| server | step, to none | start and finish, s | warnings | steps there | after `wandb sync` |")
-        print("|---|---:|---:|---:|---:|---:|")
+        print("\n| server | step, to none | of it logging | start and finish, s | warnings | steps there | after `wandb sync` |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
         for row in rows:
-            print("| {} | {:.2f} | {:.1f} | {} | {} | {} |".format(*row))
+            print("| {} | {:.2f} | {:.1%} | {:.1f} | {} | {} | {} |".format(*row))
 
 
 def _steps(server: Server, run: str) -> set[int]:
