@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import wandb
+
 from tests.cli.conftest import Command
 from tests.stand_ins.wandb_server import Server, wandb_server
 from tests.tiny import tiny

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 import wandb
+
 from gptlab import compose, train
 from gptlab.config.registry import register
 from gptlab.runner.callback import Callback
@@ -148,6 +148,6 @@ def _synced(directory: Path, run: str) -> int:
     with wandb_server() as server:
         environment = {**os.environ, "WANDB_BASE_URL": server.url}
         command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(files)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return len(_steps(server, run))

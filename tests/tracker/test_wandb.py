@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 import wandb
+
 from gptlab import compose, train
 from gptlab.config.errors import DivergedError, Stopped
 from gptlab.config.registry import register
