@@ -215,20 +215,42 @@ def dashboard(
 @app.command()
 def sample(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from; a new line, unless given.", show_default=False)] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with it; - reads standard input.", metavar="FILE")] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Each line of --prompt-file is a prompt of its own.")] = False,
+    samples: Annotated[int, typer.Option(help="Texts for each prompt, with seeds one after the other.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Tokens to make.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token; 1: as the model believes.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that together have this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out what is less than this share as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what the text holds already becomes less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines: text, tokens, log-probabilities, why it ended.")] = False,
+    show_probabilities: Annotated[bool, typer.Option("--show-probabilities", help="Colour each token by its probability.")] = False,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Let a trained run write."""
-    from gptlab.runner.load import load
+    from gptlab.cli.sample import sample as write
+    from gptlab.generate.sampling import Sampling
 
-    loaded = load(run, checkpoint=checkpoint, weights=weights)
-    made = loaded.sample(prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    print(prompt.lstrip("\n") + made)
+    settings = Sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()))
+    write(
+        run,
+        prompt=prompt,
+        file=prompt_file,
+        lines=lines,
+        samples=samples,
+        settings=settings,
+        as_json=as_json,
+        probabilities=show_probabilities,
+        checkpoint=checkpoint,
+        weights=weights,
+        device=device,
+    )
 
 
 @components_app.callback()

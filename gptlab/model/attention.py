@@ -15,7 +15,7 @@ from gptlab.model.context import Context
 from gptlab.model.dropout import drop
 from gptlab.model.kernel import Kernel
 from gptlab.model.linear import FusedLinear, Linear, OutputLinear
-from gptlab.model.mask import causal, within_documents
+from gptlab.model.mask import causal, everything, within_documents
 from gptlab.model.mask import window as window_mask
 from gptlab.model.norm import rms_normalised
 
@@ -61,6 +61,7 @@ class MultiHead(nn.Module):
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.layer, self.qk_norm, self.dropout = layer, qk_norm, dropout
         self.document_mask = document_mask  # read by Transformer.sees_documents; the mask itself comes with the documents
+        self.window = window  # what a cache must hold
         self.mask = causal if window is None else window_mask(window)
         # Normalised q and k have length sqrt(k), so the same scale holds scores within ±sqrt(k).
         self.scale = scale
@@ -86,8 +87,9 @@ class MultiHead(nn.Module):
         k_order = context.order
         mask = self.mask if context.document is None else within_documents(self.mask, context.document)
         if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)
-            k_order = torch.arange(k.shape[2], device=x.device)[None]
+            seen = context.cache.update(self.layer, k, v)
+            k, v, k_order = seen.keys, seen.values, context.order if seen.places is None else seen.places
+            mask = everything if seen.whole else mask
         z = self.kernel(
             q,
             k,
@@ -129,9 +131,8 @@ class Average(nn.Module):
         value: Tensor = self.value(x)
         order, k_order = context.order, context.order
         if context.cache is not None:
-            stored = value[:, None]
-            value = context.cache.update(self.layer, stored, stored)[1][:, 0]
-            k_order = torch.arange(value.shape[1], device=x.device)[None]
+            seen = context.cache.update(self.layer, value[:, None], value[:, None])
+            value, k_order = seen.values[:, 0], order if seen.places is None else seen.places
         allowed = order[:, :, None] >= k_order[:, None, :]
         if context.document is not None:
             allowed = allowed & (k_order[:, None, :] >= context.document[:, :, None])

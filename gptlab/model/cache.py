@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+NEVER = 1 << 30  # the place of a slot that holds nothing: later than every query's
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer's queries may look at. `places`: of each key in its row, (1, s) or (b, s); None where the keys are those of this very
+    pass. `whole`: every query sees every key, as a single new token does, so that no mask is needed."""
+
+    keys: Float[Tensor, "b g s k"]
+    values: Float[Tensor, "b g s k"]
+    places: Int[Tensor, "b s"] | None
+    whole: bool
 
 
 class KVCache:
-    """Preallocated keys (already rotated) and values of every layer, for `batch` rows of equal length.
+    """Preallocated keys (already rotated) and values of every layer. Rows may be of different length.
 
-    The Transformer calls `advance` once after each forward pass; each attention calls `update` within it.
+    A layer with a sliding window keeps that many tokens and writes over the oldest; another holds `capacity`. The Transformer calls
+    `advance` once after each forward pass; each attention calls `update` within it.
     """
 
     def __init__(
@@ -21,27 +38,109 @@ class KVCache:
         layers: int,
         kv_heads: int,
         head_width: int,
+        windows: Sequence[int | None] = (),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (layers, batch, kv_heads, capacity, head_width)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.last: Tensor | None = None  # (b, 1, d): the last token as `model/input=smear` left it for the next one
         self.capacity = capacity
-        self.length = 0
+        self.sizes = [min(capacity, window or capacity) for window in windows or [None] * layers]
+        self.keys = [torch.zeros(batch, kv_heads, size, head_width, device=device, dtype=dtype) for size in self.sizes]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.last: Tensor | None = None  # (b, 1, d): the last token as `model/input=smear` left it for the next one
+        self.lengths = [0] * batch
+        self.device = device
+        self._places: dict[int, Tensor] = {}  # of this pass, by size
 
-    def update(
-        self, layer: int, k: Float[Tensor, "b g t k"], v: Float[Tensor, "b g t k"]
-    ) -> tuple[Float[Tensor, "b g s k"], Float[Tensor, "b g s k"]]:
-        """Append this pass's keys and values of a layer; return all so far."""
-        end = self.length + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, not {end}")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are equally long."""
+        return min(self.lengths) == max(self.lengths)
+
+    def order(self, tokens: int) -> Int[Tensor, "b t"]:
+        """The places in their rows of so many tokens that come next; (1, t) where the rows are equally long."""
+        starts = self.lengths[:1] if self.even else self.lengths
+        return torch.tensor(starts, device=self.device)[:, None] + torch.arange(tokens, device=self.device)
+
+    def update(self, layer: int, k: Float[Tensor, "b g t k"], v: Float[Tensor, "b g t k"]) -> Seen:
+        """Append this pass's keys and values of a layer; what its queries may look at.
+
+        Raises ValueError where a row would be longer than the capacity.
+        """
+        tokens, size = k.shape[2], self.sizes[layer]
+        if self.length + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {self.length + tokens}")
+        keys, values = self.keys[layer], self.values[layer]
+        if not self.length:
+            self._store(layer, k, v)
+            return Seen(k, v, None, tokens == 1)
+        if tokens == 1:  # the newest takes the place of one that no window reaches any more
+            self._store(layer, k, v)
+            held = min(size, self.length + 1)
+            return Seen(keys[:, :, :held], values[:, :, :held], self._held(size, 1)[:, :held], self.even)
+        held, places = min(size, self.length), self._held(size, 0)[:, : min(size, self.length)]
+        new = self.order(tokens)
+        rows = max(len(places), len(new))
+        seen = Seen(
+            torch.cat((keys[:, :, :held], k), 2),
+            torch.cat((values[:, :, :held], v), 2),
+            torch.cat((places.expand(rows, -1), new.expand(rows, -1)), 1),
+            False,
+        )
+        self._store(layer, k, v)
+        return seen
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        size, tokens = self.sizes[layer], k.shape[2]
+        kept = min(tokens, size)
+        for target, source in ((self.keys[layer], k), (self.values[layer], v)):
+            if self.even:
+                start = (self.lengths[0] + tokens - kept) % size
+                first = min(kept, size - start)
+                target[:, :, start : start + first] = source[:, :, tokens - kept : tokens - kept + first]
+                if first < kept:
+                    target[:, :, : kept - first] = source[:, :, tokens - kept + first :]
+            else:
+                slots = (self.order(tokens)[:, tokens - kept :] % size)[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3])
+                target.scatter_(2, slots, source[:, :, tokens - kept :].to(target.dtype))
+
+    def _held(self, size: int, ahead: int) -> Int[Tensor, "b s"]:
+        """The place in its row of what each slot of a layer of this size holds, when so many more tokens were stored."""
+        if size not in self._places:
+            last = self.order(1) + (ahead - 1)
+            places = last - (last - torch.arange(size, device=self.device)) % size
+            self._places[size] = torch.where(places < 0, NEVER, places)
+        return self._places[size]
 
     def advance(self, tokens: int) -> None:
         """Count the tokens of a finished forward pass."""
-        self.length += tokens
+        self.lengths = [length + tokens for length in self.lengths]
+        self._places.clear()
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget what each row holds beyond so many tokens. Raises ValueError where a window has written over what would be seen again."""
+        if any(size < self.capacity and self.length > size for size in self.sizes):
+            raise ValueError("a sliding window has forgotten what would be seen again")
+        self.lengths = list(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row may be kept several times."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
+        self.keys, self.values = ([t.index_select(0, index) for t in layers] for layers in (self.keys, self.values))
+        self.last = None if self.last is None else self.last.index_select(0, index)
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: KVCache) -> None:
+        """Append another cache's rows. Raises ValueError where its layers are of other sizes."""
+        if self.sizes != other.sizes:
+            raise ValueError("caches of different sizes cannot be joined")
+        self.keys, self.values = (
+            [torch.cat(pair) for pair in zip(ours, theirs, strict=True)]
+            for ours, theirs in ((self.keys, other.keys), (self.values, other.values))
+        )
+        self.last = torch.cat((self.last, other.last)) if self.last is not None and other.last is not None else None
+        self.lengths = [*self.lengths, *other.lengths]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.model.dropout import drop
-from gptlab.model.mask import Mask, causal
+from gptlab.model.mask import Mask, causal, everything
 from gptlab.model.path import on_cpu
 from gptlab.model.position import ScoreBias
 
@@ -150,6 +150,8 @@ class SDPA:
             return _written_out(q, k, v, mask, bias, q_positions, k_positions, scale, dropout)
         if mask is causal and bias is None and q_positions is k_positions:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
+        if mask is everything and bias is None:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped)
         b, h, i, j = _grid(q, q_positions, k_positions)
         allowed: Tensor = mask(b, h, i, j)
         if bias is not None:

@@ -20,6 +20,11 @@ def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
     return i >= j
 
 
+def everything(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
+    """Every key: of one new token, whose cache holds what it may see and nothing else."""
+    return j == j
+
+
 def window(size: int) -> Mask:
     """Causal, and only the last `size` tokens (the token itself among them)."""
 

@@ -113,8 +113,11 @@ class Transformer(nn.Module):
         if start and document is not None:
             raise ValueError("a document mask sees the tokens of one call; it cannot be used with a cache that already holds some")
         end = start + tokens.shape[1]
-        fits = end <= self.order.shape[1]
-        order = self.order[:, start:end] if fits else torch.arange(start, end, device=tokens.device)[None]
+        if cache is not None and not (cache.even and end <= self.order.shape[1]):
+            order = cache.order(tokens.shape[1])
+        else:
+            fits = end <= self.order.shape[1]
+            order = self.order[:, start:end] if fits else torch.arange(start, end, device=tokens.device)[None]
         if document is not None:
             document = document_starts(document).expand_as(tokens)
         if positions is None:
@@ -164,6 +167,7 @@ class Transformer(nn.Module):
             layers=len(attention),
             kv_heads=attention[0].kv_heads if attention else 1,
             head_width=attention[0].head_width if attention else 1,
+            windows=[getattr(part, "window", None) for part in attention],
             device=self.embedding.weight.device,
             dtype=self.embedding.weight.dtype,
         )

@@ -12,7 +12,8 @@ import torch
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, components, register
 from gptlab.data.loader import held_out_batches
-from gptlab.generate.sampling import generate
+from gptlab.generate.engine import generate
+from gptlab.generate.sampling import Sampling
 from gptlab.hardware.device import peak_flops, peak_memory, synchronise
 from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
@@ -178,7 +179,8 @@ class Samples(Callback):
             prompt = row[: len(row) // 2]
             shown, count = tokenizer.decode(prompt) + " > ", len(row) - len(prompt)
         with trainer.averages.using(self.weights):
-            ids = list(generate(trainer.model, prompt, max_tokens=count, temperature=self.temperature, top_k=self.top_k, seed=0))
+            settings = Sampling(max_tokens=count, temperature=self.temperature, top_k=self.top_k)
+            ids = [made.token for made in generate(trainer.model, [prompt], settings)]
         if not trainer.world.first:  # every rank writes the text, since each holds a part of a sharded model; one keeps it
             return
         folder, text = trainer.run.directory / "samples", shown + tokenizer.decode(ids)

@@ -166,6 +166,15 @@ def _cache(config: ModelConfig) -> str:
         for start, end in pairwise((0, 5, 6, 7, 8, 12, CONTEXT)):
             parts.append(model(x[:, start:end], cache=cache))
         same(torch.cat(parts, 1), model(x), 1e-9, "decoding with a cache and the full forward pass")
+        uneven, lengths = model.new_cache(1, CONTEXT), (3, 7)
+        model(x[:1, : lengths[0]], cache=uneven)
+        other = model.new_cache(1, CONTEXT)
+        model(x[1:2, : lengths[1]], cache=other)
+        uneven.join(other)
+        for ahead in range(3):
+            newest = torch.stack([x[row, length + ahead] for row, length in enumerate(lengths)])[:, None]
+            expected = [model(x[row : row + 1, : length + ahead + 1])[:, -1:] for row, length in enumerate(lengths)]
+            same(model(newest, cache=uneven), torch.cat(expected), 1e-9, "decoding rows of different length and the full forward pass")
     return ""
 
 

@@ -22,7 +22,8 @@ from gptlab.data.loader import TASK_ROWS, Batch, Loader
 from gptlab.data.prepared import Prepared
 from gptlab.data.sources import training_rows
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.generate.sampling import generate
+from gptlab.generate.engine import generate
+from gptlab.generate.sampling import Sampling
 from gptlab.hardware.cards import Card
 from gptlab.hardware.device import device_memory, machine, restored, synchronise
 from gptlab.hardware.precision import autocast
@@ -279,7 +280,7 @@ def _time_evaluation(trainer: Trainer, a_token: float, seconds: float) -> float:
 
 
 def _time_sample(trainer: Trainer) -> float:
-    made = generate(trainer.model, [0], max_tokens=6)
+    made = generate(trainer.model, [[0]], Sampling(max_tokens=6))
     next(made)
     started = time.perf_counter()
     count = sum(1 for _ in made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.registry import load_components
 from gptlab.config.schema import Config
 from gptlab.data.tokenizer import Tokenizer, from_json
-from gptlab.generate.sampling import check_settings, generate
+from gptlab.generate.sampling import Sampling
+from gptlab.generate.text import Completion, complete
 from gptlab.model.linear import undrawn
 from gptlab.model.transformer import Transformer
 from gptlab.runner.averages import check_weights, load_weights
@@ -34,14 +36,20 @@ class Loaded:
 
     def sample(self, prompt: str = "\n", *, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> str:
         """Text after a prompt. Raises ConfigError for settings that mean nothing or a prompt the tokeniser does not know."""
-        check_settings(max_tokens, temperature, top_k)
-        ids = self.tokenizer.encode(prompt).tolist()
-        if not ids:
-            raise ConfigError("the prompt is empty; give at least one character")
-        made = generate(
-            self.model, ids, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed, stop=self.tokenizer.end_of_text
-        )
-        return self.tokenizer.decode(list(made))
+        settings = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        return self.complete([prompt], settings)[0].text
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        settings: Sampling,
+        *,
+        samples: int = 1,
+        logprobs: bool = False,
+        streamed: Callable[[Completion, str], None] = lambda _, __: None,
+    ) -> list[Completion]:
+        """Texts after prompts, side by side; `streamed` gets each piece as it is made. Raises ConfigError as `sample` does."""
+        return complete(self.model, self.tokenizer, prompts, settings, samples=samples, logprobs=logprobs, streamed=streamed)
 
 
 def load(run: str | Run, *, checkpoint: str = "latest", weights: str = "default", device: str = "cpu") -> Loaded:

@@ -1,0 +1,180 @@
+"""Generation: texts side by side, each token fed once, each row as long as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gptlab.config.errors import ConfigError
+from gptlab.generate.sampling import Sampling, draw
+from gptlab.model.cache import KVCache
+from gptlab.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Made:
+    """A token of row `row`. `logprob`: its log-probability under the model, before temperature and cuts, where that was asked for."""
+
+    row: int
+    token: int
+    logprob: float | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """One text in the making."""
+
+    number: int
+    tokens: list[int]  # the prompt's, then its own
+    settings: Sampling
+    generator: torch.Generator
+    made: int = 0
+    done: bool = False
+
+
+class Engine:
+    """Rows that are generated side by side; they come and go between steps.
+
+    A row that has filled the model's context forgets its older half, and the rest is read anew: a text may be of any length, and a token
+    costs the same on average. Where every position is new anyway (`model.depth=0`) nothing is kept.
+    """
+
+    def __init__(self, model: Transformer, *, logprobs: bool = False) -> None:
+        self.model, self.logprobs = model, logprobs
+        self.context = model.config.context_length
+        self.rows: list[Row] = []
+        self._cache: KVCache | None = None
+        self._logits: Float[Tensor, "b v"] | None = None  # of each row's next token
+
+    def add(self, prompt: Sequence[int], settings: Sequence[Sampling], numbers: Sequence[int]) -> None:
+        """Rows with one prompt, which is read once. Of a prompt longer than the context the end is read. Raises ConfigError for none."""
+        if not len(prompt):
+            raise ConfigError("the prompt is empty; give at least one character")
+        for number, own in zip(numbers, settings, strict=True):
+            self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed)))
+        self._join(*self._read(list(prompt)[-self.context :], len(settings)))
+
+    def step(self) -> list[Made]:
+        """The next token of every row. Rows whose `done` was set, or that have all their tokens, are gone afterwards."""
+        assert self._logits is not None
+        with torch.inference_mode():
+            tokens = draw(
+                self._logits,
+                [row.settings for row in self.rows],
+                [row.generator for row in self.rows],
+                [row.tokens for row in self.rows],
+            )
+            likely: list[float | None] = [None] * len(tokens)
+            if self.logprobs:
+                likely = self._logits.float().log_softmax(-1)[range(len(tokens)), tokens].tolist()
+        made = []
+        for row, token, logprob in zip(self.rows, tokens, likely, strict=True):
+            row.tokens.append(token)
+            row.made += 1
+            row.done = row.made >= row.settings.max_tokens
+            made.append(Made(row.number, token, logprob))
+        return made
+
+    def advance(self) -> None:
+        """Drop the rows that are done and feed the others their newest token."""
+        kept = [i for i, row in enumerate(self.rows) if not row.done]
+        self._keep(kept)
+        if not self.rows:
+            return
+        assert self._cache is not None
+        full = [i for i in range(len(self.rows)) if self._cache.lengths[i] >= self.context]
+        if full:
+            rows = [self.rows[i] for i in full]
+            self._keep([i for i in range(len(self.rows)) if i not in full])
+            if self.rows:
+                self._feed()
+            for row in rows:
+                self.rows.append(row)
+                self._join(*self._read(row.tokens[-max(1, self.context // 2) :], 1))
+            return
+        self._feed()
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in kept]
+        if not kept:
+            self._cache = self._logits = None
+            return
+        assert self._cache is not None
+        assert self._logits is not None
+        self._cache.select(kept)
+        self._logits = self._logits[list(kept)]
+
+    @torch.inference_mode()
+    def _feed(self) -> None:
+        newest = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._device)
+        self._logits = self.model(newest, cache=self._cache, reduce=_of_last)
+
+    @torch.inference_mode()
+    def _read(self, tokens: Sequence[int], copies: int) -> tuple[KVCache, Tensor]:
+        cache = self.model.new_cache(1, self.context)
+        read = torch.tensor([list(tokens)], device=self._device)
+        logits = self.model(read, cache=cache, reduce=_of_last)
+        if copies > 1:
+            cache.select([0] * copies)
+        return cache, logits.expand(copies, -1)
+
+    def _join(self, cache: KVCache, logits: Tensor) -> None:
+        if self._cache is None or self._logits is None:
+            self._cache, self._logits = cache, logits
+            return
+        self._cache.join(cache)
+        self._logits = torch.cat((self._logits, logits))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+
+def _of_last(features: Float[Tensor, "b t d"], model: Transformer) -> Float[Tensor, "b v"]:
+    """Logits of the next token alone, within the model's own call: a sharded model has its weights there and nowhere else."""
+    return model.logits(features[:, -1])
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    settings: Sampling | Sequence[Sampling],
+    *,
+    samples: int = 1,
+    end: int | None = None,
+    ended: Callable[[Made], bool] = lambda _: False,
+    logprobs: bool = False,
+) -> Iterator[Made]:
+    """Tokens after each prompt, as they are made; `samples` texts a prompt: row i * samples + j is the j-th of prompt i.
+
+    `settings`: of all rows (each sample then has the seed after the one before it), or one for each row. The `end` token ends a row and
+    is not given out; so does a token of which `ended` is true, which is. The model is in evaluation mode meanwhile.
+    Raises ConfigError for settings that mean nothing or an empty prompt.
+    """
+    if isinstance(settings, Sampling):
+        settings = [replace(settings, seed=settings.seed + j) for _ in prompts for j in range(samples)]
+    for each in settings:
+        each.check()
+    was_training = model.training
+    model.eval()
+    try:
+        engine = Engine(model, logprobs=logprobs)
+        for i, prompt in enumerate(prompts):
+            numbers = range(i * samples, (i + 1) * samples)
+            engine.add(prompt, [settings[n] for n in numbers], numbers)
+        while engine.rows:
+            for row, made in zip(list(engine.rows), engine.step(), strict=True):
+                if made.token == end:
+                    row.done = True
+                else:
+                    yield made
+                    row.done = row.done or ended(made)
+            engine.advance()
+    finally:
+        model.train(was_training)

@@ -1,0 +1,78 @@
+"""`gptlab sample`: prompts from the option, a file or standard input; several texts; JSON lines; probabilities."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from gptlab import compose, train
+from gptlab.generate.sampling import Sampling
+from gptlab.runner.load import load
+from tests.cli.conftest import Command
+from tests.tiny import tiny
+
+
+@pytest.fixture
+def run(corpus_file: Path) -> str:
+    found = train(compose(tiny(corpus_file, "study=s", steps=3))).run
+    assert found is not None
+    return found.identity
+
+
+def test_one_text_is_the_prompt_and_what_follows(run: str, gptlab: Command) -> None:
+    told = gptlab("sample", run, "--prompt", "the ", "--max-tokens", "9", "--seed", "3")
+    assert told.code == 0
+    assert told.out == "the " + load(run).sample("the ", max_tokens=9, seed=3) + "\n"
+
+
+def test_json_lines_hold_every_text_with_its_tokens(run: str, gptlab: Command, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("the \n\nand ")
+    told = gptlab("sample", run, "--prompt-file", str(file), "--lines", "--samples", "2", "--max-tokens", "5", "--json")
+    lines = [json.loads(line) for line in told.out.splitlines()]
+    expected = [("the ", 0, 0), ("the ", 1, 1), ("and ", 0, 0), ("and ", 1, 1)]
+    assert [(line["prompt"], line["sample"], line["seed"]) for line in lines] == expected
+    loaded = load(run)
+    alone = loaded.complete(["the ", "and "], Sampling(5, 0.8, 50), samples=2)
+    assert [line["text"] for line in lines] == [one.text for one in alone]
+    assert all(loaded.tokenizer.decode(line["tokens"]) == line["text"] and line["finish"] == "length" for line in lines)
+    assert all(len(line["logprobs"]) == 5 and max(line["logprobs"]) <= 0 for line in lines)
+
+
+def test_standard_input_is_a_prompt_as_a_whole(run: str, gptlab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the \nand\n"))
+    told = gptlab("sample", run, "--prompt-file", "-", "--max-tokens", "4")
+    assert told.out.startswith("the \nand")
+    assert len(told.out) == len("the \nand") + 4 + 1
+
+
+def test_several_texts_have_heads_and_probabilities_a_line_a_token(run: str, gptlab: Command) -> None:
+    told = gptlab("sample", run, "--samples", "2", "--max-tokens", "3").out
+    assert [line for line in told.splitlines() if line.startswith("──")] == ["── sample 1 of 2, seed 0", "── sample 2 of 2, seed 1"]
+    shown = gptlab("sample", run, "--prompt", "the ", "--max-tokens", "3", "--show-probabilities").out.splitlines()
+    assert all(0 <= float(line.split()[0]) <= 1 and json.loads(line.split(maxsplit=1)[1]) for line in shown[:3])
+    assert "the probability of each token" in shown[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--prompt", ""], 2, "the prompt is empty"),
+        (["--prompt", "the ", "--prompt-file", "x"], 2, "--prompt and --prompt-file: one of them"),
+        (["--prompt-file", "nowhere.txt"], 3, "--prompt-file nowhere.txt cannot be read"),
+        (["--lines"], 2, "--lines is of a --prompt-file"),
+        (["--prompt", "the ☃"], 2, "☃"),
+        (["--samples", "0"], 2, "--samples 0 must be at least 1"),
+        (["--top-p", "nan"], 2, "--top-p nan must be above 0 and at most 1"),
+        (["--stop", ""], 2, "--stop"),
+        (["--json", "--show-probabilities"], 2, "one form at a time"),
+        (["--device", "tpu"], 2, "--device tpu: this machine has"),
+    ],
+)
+def test_what_means_nothing_is_refused_in_a_sentence(run: str, gptlab: Command, arguments: list[str], code: int, told: str) -> None:
+    found = gptlab("sample", run, *arguments)
+    assert (found.code, found.out) == (code, "")
+    assert told in " ".join(found.err.split())
