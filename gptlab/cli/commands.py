@@ -38,6 +38,21 @@ def bench_train(
     bench(against, overrides=overrides or [], model=model, rounds=rounds, as_json=as_json)
 
 
+@bench_app.command("generate")
+def bench_generate(
+    model: Annotated[str, typer.Option(help="A recipe of model/.", metavar="NAME")] = "gpt2",
+    batch: Annotated[list[int] | None, typer.Option(help="Rows side by side; may be given several times.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens of each row.")] = 64,
+    rounds: Annotated[int, typer.Option(help="How often each is timed, in turn.")] = 5,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    as_json: JsonOption = False,
+) -> None:
+    """Time generation, beside transformers' generate where that is installed."""
+    from gptlab.cli.bench_generate import bench
+
+    bench(model=model, batches=batch or [1, 8], tokens=tokens, rounds=rounds, precision=precision, as_json=as_json)
+
+
 @bench_app.command("data")
 def bench_data(
     text: Annotated[Path | None, typer.Option(help="The text to tokenise; Python's documentation unless named.", metavar="FILE")] = None,

@@ -126,7 +126,8 @@ def test_no_server_costs_a_run_more_than_a_warning(
             assert warned == case.warnings, f"{name}: {shown}"
             arrived = len(_steps(server, f"faults-{outcome.run.identity}"))
             rest, share = waited - steps[-1], SPENT["log"] / steps[-1]
-            assert STEPS <= 40 or share < 0.02, f"{name}: {share:.1%} of the steps"
+            # Every step is logged here, ten times as often as by default: half a percent of a run's steps there.
+            assert STEPS <= 40 or share < 0.05, f"{name}: {share:.1%} of the steps"
         synced = _synced(outcome.run.directory, f"faults-{outcome.run.identity}") if tracker != "none" else 0
         if tracker != "none":
             assert synced == STEPS, f"{name}: {synced} of {STEPS} steps after wandb sync"

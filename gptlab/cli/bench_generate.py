@@ -1,0 +1,166 @@
+"""`gptlab bench generate`: tokens a second of our engine, and in turn with it of transformers' generate on a GPT-2 of the same shape."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from gptlab.config.compose import compose
+from gptlab.config.errors import ConfigError
+from gptlab.config.resolve import resolve
+from gptlab.generate.engine import generate
+from gptlab.generate.sampling import Sampling
+from gptlab.hardware.device import machine, synchronise
+from gptlab.model.transformer import Transformer, new_model
+from gptlab.tracker.console import RunProgress, console, say
+
+VOCABULARY, PROMPT, TOP_K = 50257, 16, 50  # GPT-2's
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+READ_BYTES = 1 << 28  # of the matrix by which the memory's speed is measured
+
+
+def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, precision: str, as_json: bool) -> None:
+    """Time `tokens` new tokens after a prompt of PROMPT, top-k TOP_K, at each batch; print medians, ratios, the share of the memory's limit.
+
+    Weights are random: what a token costs does not depend on them. Raises ConfigError for counts below 1 or an unknown precision.
+    """
+    for name, value in (("--tokens", tokens), ("--rounds", rounds), ("--batch", min(batches))):
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
+    config = resolve(compose([f"model={model}", "data=shakespeare_gpt2"]), machine())
+    if PROMPT + tokens > config.model.context_length:
+        raise ConfigError(f"--tokens {tokens}: with a prompt of {PROMPT} at most {config.model.context_length - PROMPT} fit the context of {model}")
+    device, dtype = torch.device(config.hardware.device), PRECISIONS[precision]
+    ours = new_model(config.model, VOCABULARY, 0).to(device, dtype).eval()
+    makers: dict[str, Callable[[int], float]] = {f"gptlab {precision}": lambda batch: _ours(ours, batch, tokens, device)}
+    note = ""
+    if importlib.util.find_spec("transformers") is None:
+        note = "transformers is not installed: pip install transformers sets its generate beside ours"
+    elif ours.config.position.__class__ is not compose(["model=gpt2"]).model.position.__class__:
+        note = "transformers' GPT-2 has no such parts: ours is timed alone"
+    else:
+        theirs = _transformers(ours, device, dtype)
+        makers[f"transformers {precision}"] = lambda batch: theirs(batch, tokens)
+    found: dict[int, dict[str, list[float]]] = {}
+    with RunProgress("bench generate", None):
+        for batch in batches:
+            for make in makers.values():
+                make(batch)  # warm
+            found[batch] = {name: [] for name in makers}
+            for _ in range(rounds):
+                for name, make in makers.items():
+                    found[batch][name].append(batch * tokens / make(batch))
+    limit = _read_speed(device, dtype) / _read_bytes(ours)
+    report: dict[str, Any] = {
+        "model": model,
+        "precision": precision,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "new_tokens": tokens,
+        "prompt_tokens": PROMPT,
+        "top_k": TOP_K,
+        "memory_limit": limit,
+        "note": note,
+        "rows": [_row(batch, by_name, limit) for batch, by_name in found.items()],
+    }
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _show(report)
+
+
+def _row(batch: int, by_name: dict[str, list[float]], limit: float) -> dict[str, Any]:
+    ours, *others = by_name
+    row: dict[str, Any] = {"batch": batch, "tokens_per_second": {name: statistics.median(values) for name, values in by_name.items()}}
+    row["share_of_limit"] = row["tokens_per_second"][ours] / (limit * batch)
+    for other in others:
+        ratios = [a / b for a, b in zip(by_name[ours], by_name[other], strict=True)]
+        row["ratio"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    return row
+
+
+def _show(report: dict[str, Any]) -> None:
+    names = list(report["rows"][0]["tokens_per_second"])
+    where = f"{report['device']}, {report['threads']} threads" if report["device"] == "cpu" else report["device"]
+    title = f"{report['model']}, {report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}, {where}: tokens/s"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(["batch", *names, *(["ratio (rounds)"] if len(names) > 1 else []), "of the memory's limit"]):
+        table.add_column(name, justify="right" if i else "left")
+    for row in report["rows"]:
+        cells = [str(row["batch"]), *(f"{row['tokens_per_second'][name]:,.1f}" for name in names)]
+        if "ratio" in row:
+            cells.append("{median:.2f} ({least:.2f} to {most:.2f})".format(**row["ratio"]))
+        table.add_row(*cells, f"{row['share_of_limit']:.0%}")
+    console.print(table)
+    say((f"the limit: every weight is read once a step, at most {report['memory_limit']:,.0f} times a second here", "dim"))
+    if report["note"]:
+        say((report["note"], "dim"))
+
+
+def _ours(model: Transformer, batch: int, tokens: int, device: torch.device) -> float:
+    prompts = torch.randint(VOCABULARY, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = Sampling(max_tokens=tokens, top_k=TOP_K)
+    synchronise(device)
+    started = time.perf_counter()
+    count = sum(1 for _ in generate(model, prompts, [settings] * batch))
+    synchronise(device)
+    assert count == batch * tokens
+    return time.perf_counter() - started
+
+
+def _transformers(ours: Transformer, device: torch.device, dtype: torch.dtype) -> Callable[[int, int], float]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = ours.config
+    made = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=c.context_length, n_embd=c.width, n_layer=c.depth, n_head=c.heads))
+    theirs: Any = made.to(device=device, dtype=dtype).eval()
+
+    def timed(batch: int, tokens: int) -> float:
+        prompts = torch.randint(VOCABULARY, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
+        synchronise(device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = theirs.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=True,
+                top_k=TOP_K,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                pad_token_id=0,
+            )
+        synchronise(device)
+        assert out.shape == (batch, PROMPT + tokens)
+        return time.perf_counter() - started
+
+    return timed
+
+
+def _read_bytes(model: Transformer) -> int:
+    """Bytes of weights that one step reads: every parameter but the tables of which a token takes one row, the head among them if tied."""
+    tables = {id(p) for name, p in model.named_parameters() if name.startswith("position.")}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+
+
+def _read_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes a second at which a matrix much larger than the caches is multiplied with a vector, the best of several."""
+    width = 4096
+    matrix = torch.ones(READ_BYTES // width // dtype.itemsize, width, device=device, dtype=dtype)
+    vector, best = torch.ones(width, device=device, dtype=dtype), 0.0
+    for _ in range(8):
+        synchronise(device)
+        started = time.perf_counter()
+        torch.mv(matrix, vector)
+        synchronise(device)
+        best = max(best, READ_BYTES / (time.perf_counter() - started))
+    return best
