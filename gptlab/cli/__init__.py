@@ -232,6 +232,7 @@ def sample(
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
 ) -> None:
     """Let a trained run write."""
     from gptlab.cli.sample import sample as write
@@ -250,6 +251,7 @@ def sample(
         checkpoint=checkpoint,
         weights=weights,
         device=device,
+        precision=precision,
     )
 
 

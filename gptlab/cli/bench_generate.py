@@ -18,30 +18,32 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import resolve
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
+from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine, synchronise
 from gptlab.model.transformer import Transformer, new_model
 from gptlab.tracker.console import RunProgress, console, say
 
 VOCABULARY, PROMPT, TOP_K = 50257, 16, 50  # GPT-2's
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 READ_BYTES = 1 << 28  # of the matrix by which the memory's speed is measured
 
 
 def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, precision: str, as_json: bool) -> None:
-    """Time `tokens` new tokens after a prompt of PROMPT, top-k TOP_K, at each batch; print medians, ratios, the share of the memory's limit.
+    """Time `tokens` new tokens after PROMPT, top-k TOP_K, at each batch; print medians, ratios and the share of the memory's limit.
 
     Weights are random: what a token costs does not depend on them. Raises ConfigError for counts below 1 or an unknown precision.
     """
     for name, value in (("--tokens", tokens), ("--rounds", rounds), ("--batch", min(batches))):
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
     config = resolve(compose([f"model={model}", "data=shakespeare_gpt2"]), machine())
     if PROMPT + tokens > config.model.context_length:
-        raise ConfigError(f"--tokens {tokens}: with a prompt of {PROMPT} at most {config.model.context_length - PROMPT} fit the context of {model}")
-    device, dtype = torch.device(config.hardware.device), PRECISIONS[precision]
-    ours = new_model(config.model, VOCABULARY, 0).to(device, dtype).eval()
+        most = config.model.context_length - PROMPT
+        raise ConfigError(f"--tokens {tokens}: with a prompt of {PROMPT} at most {most} fit the context of {model}")
+    device = torch.device(config.hardware.device)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # int8 is set beside bf16
+    ours = new_model(config.model, VOCABULARY, 0).to(device).eval()
+    size = _read_bytes(ours, {"fp32": 4, "bf16": 2, "int8": 1}.get(precision, 0))
+    ours = for_generation(ours, precision)
     makers: dict[str, Callable[[int], float]] = {f"gptlab {precision}": lambda batch: _ours(ours, batch, tokens, device)}
     note = ""
     if importlib.util.find_spec("transformers") is None:
@@ -50,7 +52,7 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
         note = "transformers' GPT-2 has no such parts: ours is timed alone"
     else:
         theirs = _transformers(ours, device, dtype)
-        makers[f"transformers {precision}"] = lambda batch: theirs(batch, tokens)
+        makers[f"transformers {'fp32' if precision == 'fp32' else 'bf16'}"] = lambda batch: theirs(batch, tokens)
     found: dict[int, dict[str, list[float]]] = {}
     with RunProgress("bench generate", None):
         for batch in batches:
@@ -60,7 +62,7 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
             for _ in range(rounds):
                 for name, make in makers.items():
                     found[batch][name].append(batch * tokens / make(batch))
-    limit = _read_speed(device, dtype) / _read_bytes(ours)
+    limit = _read_speed(device, dtype) / size
     report: dict[str, Any] = {
         "model": model,
         "precision": precision,
@@ -92,10 +94,10 @@ def _row(batch: int, by_name: dict[str, list[float]], limit: float) -> dict[str,
 def _show(report: dict[str, Any]) -> None:
     names = list(report["rows"][0]["tokens_per_second"])
     where = f"{report['device']}, {report['threads']} threads" if report["device"] == "cpu" else report["device"]
-    title = f"{report['model']}, {report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}, {where}: tokens/s"
+    title = f"{report['model']}, {report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}, {where}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(["batch", *names, *(["ratio (rounds)"] if len(names) > 1 else []), "of the memory's limit"]):
-        table.add_column(name, justify="right" if i else "left")
+    for i, name in enumerate(["batch", *(f"{n}, /s" for n in names), *(["ratio"] if len(names) > 1 else []), "of the limit"]):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     for row in report["rows"]:
         cells = [str(row["batch"]), *(f"{row['tokens_per_second'][name]:,.1f}" for name in names)]
         if "ratio" in row:
@@ -146,10 +148,11 @@ def _transformers(ours: Transformer, device: torch.device, dtype: torch.dtype) -
     return timed
 
 
-def _read_bytes(model: Transformer) -> int:
-    """Bytes of weights that one step reads: every parameter but the tables of which a token takes one row, the head among them if tied."""
+def _read_bytes(model: Transformer, width: int) -> int:
+    """Bytes of weights that one step reads, each number of `width` bytes: all but tables of which a token takes one row (a tied head is
+    read whole)."""
     tables = {id(p) for name, p in model.named_parameters() if name.startswith("position.")}
-    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+    return width * sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
 
 def _read_speed(device: torch.device, dtype: torch.dtype) -> float:

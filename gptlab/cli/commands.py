@@ -44,7 +44,7 @@ def bench_generate(
     batch: Annotated[list[int] | None, typer.Option(help="Rows side by side; may be given several times.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens of each row.")] = 64,
     rounds: Annotated[int, typer.Option(help="How often each is timed, in turn.")] = 5,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "bf16",
     as_json: JsonOption = False,
 ) -> None:
     """Time generation, beside transformers' generate where that is installed."""

@@ -12,6 +12,7 @@ from rich.text import Text
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.text import Completion, TextStream
+from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
 from gptlab.tracker.console import console
@@ -33,6 +34,7 @@ def sample(
     checkpoint: str,
     weights: str,
     device: str,
+    precision: str,
 ) -> None:
     """Write texts to standard output. Raises ConfigError for settings that mean nothing, DataError for a file that cannot be read."""
     settings.check()
@@ -42,6 +44,7 @@ def sample(
     if device.split(":")[0] not in machine().devices:
         raise ConfigError(f"--device {device}: this machine has {', '.join(machine().devices)}")
     loaded = load(run, checkpoint=checkpoint, weights=weights, device=device)
+    for_generation(loaded.model, precision)
     single = len(prompts) * samples == 1 and not as_json and not probabilities
 
     def streamed(one: Completion, text: str) -> None:

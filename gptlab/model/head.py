@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -31,9 +32,15 @@ class Tied(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple: the parameter belongs to the embedding, not to two modules
         self.soft_cap = _check(soft_cap)
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = linear
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the features are multiplied with, (v, d)."""
+        return self._embedding[0].weight
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
-        return _capped(linear(x, self._embedding[0].weight), self.soft_cap)
+        return _capped(self.multiply(x, self.matrix), self.soft_cap)
 
 
 @register("model/head", "untied")
@@ -46,6 +53,12 @@ class Untied(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width))  # drawn by the init
         self.soft_cap = _check(soft_cap)
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = linear
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the features are multiplied with, (v, d)."""
+        return self.weight
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t v"]:
-        return _capped(linear(x, self.weight), self.soft_cap)
+        return _capped(self.multiply(x, self.matrix), self.soft_cap)
