@@ -233,6 +233,8 @@ def sample(
     weights: WeightsOption = "default",
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
+    draft: Annotated[str | None, typer.Option(help="A smaller run that proposes tokens; the texts stay this run's.", metavar="RUN")] = None,
+    lookup: Annotated[bool, typer.Option("--lookup", help="Propose what followed the same words before.")] = False,
 ) -> None:
     """Let a trained run write."""
     from gptlab.cli.sample import sample as write
@@ -252,6 +254,8 @@ def sample(
         weights=weights,
         device=device,
         precision=precision,
+        draft=draft,
+        lookup=lookup,
     )
 
 

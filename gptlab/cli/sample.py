@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.text import Text
 
 from gptlab.config.errors import ConfigError, DataError
+from gptlab.data.tokenizer import digest, to_json
 from gptlab.generate.sampling import Sampling
+from gptlab.generate.speculative import Draft, Lookup, Proposer
 from gptlab.generate.text import Completion, TextStream
 from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine
@@ -35,6 +38,8 @@ def sample(
     weights: str,
     device: str,
     precision: str,
+    draft: str | None,
+    lookup: bool,
 ) -> None:
     """Write texts to standard output. Raises ConfigError for settings that mean nothing, DataError for a file that cannot be read."""
     settings.check()
@@ -43,7 +48,10 @@ def sample(
         raise ConfigError("--json and --show-probabilities: one form at a time; JSON lines have each token's log-probability already")
     if device.split(":")[0] not in machine().devices:
         raise ConfigError(f"--device {device}: this machine has {', '.join(machine().devices)}")
+    if (draft or lookup) and (as_json or probabilities):
+        raise ConfigError("--draft and --lookup know no log-probabilities: leave --json and --show-probabilities out")
     loaded = load(run, checkpoint=checkpoint, weights=weights, device=device)
+    proposer = _proposer(loaded, draft, lookup, device, precision)
     for_generation(loaded.model, precision)
     single = len(prompts) * samples == 1 and not as_json and not probabilities
 
@@ -51,7 +59,7 @@ def sample(
         if single:  # the prompt, too, once it is known to be one
             print((prompts[0].lstrip("\n") if one.text == text else "") + text, end="", flush=True)
 
-    found = loaded.complete(prompts, settings, samples=samples, logprobs=as_json or probabilities, streamed=streamed)
+    found = loaded.complete(prompts, settings, samples=samples, logprobs=as_json or probabilities, proposer=proposer, streamed=streamed)
     if single:
         print("" if found[0].text else prompts[0].lstrip("\n"))
         return
@@ -71,6 +79,21 @@ def sample(
     if probabilities:
         shares = ", ".join(f"[{colour}]{'from' if least else 'below'} {least or 0.02:.0%}[/]" for least, colour in _COLOURS)
         console.print(f"[dim]the probability of each token:[/] {shares}")
+
+
+def _proposer(loaded: Loaded, draft: str | None, lookup: bool, device: str, precision: str) -> Callable[[Sampling], Proposer] | None:
+    """What proposes tokens, if anything does. Raises ConfigError for two of them, or a draft with another tokeniser."""
+    if draft is not None and lookup:
+        raise ConfigError("--draft and --lookup: one of them proposes tokens")
+    if lookup:
+        return lambda _: Lookup(loaded.tokenizer.vocabulary, device)
+    if draft is None:
+        return None
+    smaller = load(draft, device=device)
+    if digest(to_json(smaller.tokenizer)) != digest(to_json(loaded.tokenizer)):
+        raise ConfigError(f"--draft {draft} was trained with another tokeniser, whose tokens mean other texts")
+    model = for_generation(smaller.model, precision)
+    return lambda settings: Draft(model, settings)
 
 
 def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:

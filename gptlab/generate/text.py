@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gptlab.config.errors import ConfigError
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.generate.engine import Made, generate
 from gptlab.generate.sampling import Sampling
+from gptlab.generate.speculative import Proposer, speculate
 from gptlab.model.transformer import Transformer
 
 BROKEN = "\ufffd"  # what half a character decodes to
@@ -74,10 +75,12 @@ def complete(
     *,
     samples: int = 1,
     logprobs: bool = False,
+    proposer: Callable[[Sampling], Proposer] | None = None,
     streamed: Callable[[Completion, str], None] = lambda _, __: None,
 ) -> list[Completion]:
     """A text after each prompt, `samples` of each. `streamed` gets each piece of text as it is certain.
 
+    With a `proposer` texts are made one after the other, by speculative decoding; it knows no log-probabilities.
     Raises ConfigError for settings that mean nothing, an empty prompt, or one that holds what the tokeniser lacks.
     """
     settings.check()
@@ -93,10 +96,21 @@ def complete(
         if text:
             streamed(completion, text)
 
+    encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
+    if proposer is not None:
+        for one, stream in zip(found, streams, strict=True):
+            own = replace(settings, seed=settings.seed + one.sample)
+            for token in speculate(model, encoded[one.prompt], own, proposer(own), end=tokenizer.end_of_text):
+                one.tokens.append(token)
+                tell(one, stream.feed(token))
+                if stream.stopped:
+                    break
+            _end(one, stream, settings, tell)
+        return found
+
     def ended(made: Made) -> bool:
         return streams[made.row].stopped
 
-    encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
     for made in generate(model, encoded, settings, samples=samples, end=tokenizer.end_of_text, ended=ended, logprobs=logprobs):
         one = found[made.row]
         one.tokens.append(made.token)
@@ -104,7 +118,11 @@ def complete(
             one.logprobs.append(made.logprob)
         tell(one, streams[made.row].feed(made.token))
     for one, stream in zip(found, streams, strict=True):
-        tell(one, stream.finish())
-        if stream.stopped or len(one.tokens) < settings.max_tokens:
-            one.finish = "stop"
+        _end(one, stream, settings, tell)
     return found
+
+
+def _end(one: Completion, stream: TextStream, settings: Sampling, tell: Callable[[Completion, str], None]) -> None:
+    tell(one, stream.finish())
+    if stream.stopped or len(one.tokens) < settings.max_tokens:
+        one.finish = "stop"

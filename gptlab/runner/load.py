@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from gptlab.config.registry import load_components
 from gptlab.config.schema import Config
 from gptlab.data.tokenizer import Tokenizer, from_json
 from gptlab.generate.sampling import Sampling
+from gptlab.generate.speculative import Proposer
 from gptlab.generate.text import Completion, complete
 from gptlab.model.linear import undrawn
 from gptlab.model.transformer import Transformer
@@ -46,10 +48,12 @@ class Loaded:
         *,
         samples: int = 1,
         logprobs: bool = False,
+        proposer: Callable[[Sampling], Proposer] | None = None,
         streamed: Callable[[Completion, str], None] = lambda _, __: None,
     ) -> list[Completion]:
         """Texts after prompts, side by side; `streamed` gets each piece as it is made. Raises ConfigError as `sample` does."""
-        return complete(self.model, self.tokenizer, prompts, settings, samples=samples, logprobs=logprobs, streamed=streamed)
+        more: dict[str, Any] = {"samples": samples, "logprobs": logprobs, "proposer": proposer, "streamed": streamed}
+        return complete(self.model, self.tokenizer, prompts, settings, **more)
 
 
 def load(run: str | Run, *, checkpoint: str = "latest", weights: str = "default", device: str = "cpu") -> Loaded:

@@ -57,6 +57,20 @@ def test_several_texts_have_heads_and_probabilities_a_line_a_token(run: str, gpt
     assert "the probability of each token" in shown[3]
 
 
+def test_a_draft_and_look_up_leave_the_greedy_text_as_it_is(run: str, gptlab: Command, corpus_file: Path) -> None:
+    other = train(compose(tiny(corpus_file, "study=s", "model.width=8", steps=3))).run
+    assert other is not None
+    greedy = ["sample", run, "--prompt", "the ", "--max-tokens", "30", "--temperature", "0"]
+    plain = gptlab(*greedy).out
+    assert gptlab(*greedy, "--draft", other.identity).out == plain
+    assert gptlab(*greedy, "--lookup").out == plain
+    byte = train(compose(tiny(corpus_file, "study=s", "data/tokenizer=byte", steps=1))).run
+    assert byte is not None
+    refused = gptlab(*greedy, "--draft", byte.identity)
+    assert (refused.code, refused.out) == (2, "")
+    assert "another tokeniser" in refused.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -69,6 +83,10 @@ def test_several_texts_have_heads_and_probabilities_a_line_a_token(run: str, gpt
         (["--top-p", "nan"], 2, "--top-p nan must be above 0 and at most 1"),
         (["--stop", ""], 2, "--stop"),
         (["--json", "--show-probabilities"], 2, "one form at a time"),
+        (["--lookup", "--json"], 2, "know no log-probabilities"),
+        (["--lookup", "--draft", "latest"], 2, "--draft and --lookup: one of them"),
+        (["--draft", "nothing"], 2, "nothing"),
+        (["--precision", "fp64"], 2, "--precision fp64 is not one of"),
         (["--device", "tpu"], 2, "--device tpu: this machine has"),
     ],
 )
