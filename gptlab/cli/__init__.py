@@ -235,6 +235,7 @@ def sample(
     precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
     draft: Annotated[str | None, typer.Option(help="A smaller run that proposes tokens; the texts stay this run's.", metavar="RUN")] = None,
     lookup: Annotated[bool, typer.Option("--lookup", help="Propose what followed the same words before.")] = False,
+    beams: Annotated[int, typer.Option(help="Search for the likeliest text with so many at once; 0: draw.")] = 0,
 ) -> None:
     """Let a trained run write."""
     from gptlab.cli.sample import sample as write
@@ -256,6 +257,7 @@ def sample(
         precision=precision,
         draft=draft,
         lookup=lookup,
+        beams=beams,
     )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.data.tokenizer import digest, to_json
+from gptlab.generate.beam import beam_search
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.speculative import Draft, Lookup, Proposer
 from gptlab.generate.text import Completion, TextStream
@@ -40,6 +41,7 @@ def sample(
     precision: str,
     draft: str | None,
     lookup: bool,
+    beams: int,
 ) -> None:
     """Write texts to standard output. Raises ConfigError for settings that mean nothing, DataError for a file that cannot be read."""
     settings.check()
@@ -48,11 +50,16 @@ def sample(
         raise ConfigError("--json and --show-probabilities: one form at a time; JSON lines have each token's log-probability already")
     if device.split(":")[0] not in machine().devices:
         raise ConfigError(f"--device {device}: this machine has {', '.join(machine().devices)}")
+    if beams and (draft or lookup or as_json or probabilities or settings.stop):
+        raise ConfigError("--beams goes with --prompt, --samples (of the best texts) and --max-tokens alone")
     if (draft or lookup) and (as_json or probabilities):
         raise ConfigError("--draft and --lookup know no log-probabilities: leave --json and --show-probabilities out")
     loaded = load(run, checkpoint=checkpoint, weights=weights, device=device)
     proposer = _proposer(loaded, draft, lookup, device, precision)
     for_generation(loaded.model, precision)
+    if beams:
+        _best(loaded, prompts, beams, samples, settings.max_tokens)
+        return
     single = len(prompts) * samples == 1 and not as_json and not probabilities
 
     def streamed(one: Completion, text: str) -> None:
@@ -79,6 +86,20 @@ def sample(
     if probabilities:
         shares = ", ".join(f"[{colour}]{'from' if least else 'below'} {least or 0.02:.0%}[/]" for least, colour in _COLOURS)
         console.print(f"[dim]the probability of each token:[/] {shares}")
+
+
+def _best(loaded: Loaded, prompts: list[str], beams: int, samples: int, max_tokens: int) -> None:
+    """The best texts of a beam search, each under its log-probability where there are several."""
+    if samples > beams > 0:
+        raise ConfigError(f"--samples {samples}: a search with --beams {beams} has no more than that many texts")
+    tokenizer = loaded.tokenizer
+    for prompt in prompts:
+        ids = [int(token) for token in tokenizer.encode(prompt)]
+        found = beam_search(loaded.model, ids, beams=beams, max_tokens=max_tokens, end=tokenizer.end_of_text)[:samples]
+        for one in found:
+            if len(prompts) * samples > 1:
+                console.print(f"── log-probability {one.logprob:.2f}, {one.score:.3f} a token", style="dim")
+            print(prompt.lstrip("\n") + tokenizer.decode(one.tokens))
 
 
 def _proposer(loaded: Loaded, draft: str | None, lookup: bool, device: str, precision: str) -> Callable[[Sampling], Proposer] | None:

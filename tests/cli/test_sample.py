@@ -57,6 +57,14 @@ def test_several_texts_have_heads_and_probabilities_a_line_a_token(run: str, gpt
     assert "the probability of each token" in shown[3]
 
 
+def test_a_search_gives_its_best_texts_with_their_log_probabilities(run: str, gptlab: Command) -> None:
+    one = gptlab("sample", run, "--prompt", "the ", "--max-tokens", "6", "--beams", "3").out
+    told = gptlab("sample", run, "--prompt", "the ", "--max-tokens", "6", "--beams", "3", "--samples", "2").out
+    assert one.startswith("the ")
+    assert len([line for line in told.splitlines() if line.startswith("── log-probability -")]) == 2
+    assert one in told
+
+
 def test_a_draft_and_look_up_leave_the_greedy_text_as_it_is(run: str, gptlab: Command, corpus_file: Path) -> None:
     other = train(compose(tiny(corpus_file, "study=s", "model.width=8", steps=3))).run
     assert other is not None
@@ -83,6 +91,10 @@ def test_a_draft_and_look_up_leave_the_greedy_text_as_it_is(run: str, gptlab: Co
         (["--top-p", "nan"], 2, "--top-p nan must be above 0 and at most 1"),
         (["--stop", ""], 2, "--stop"),
         (["--json", "--show-probabilities"], 2, "one form at a time"),
+        (["--beams", "-1"], 2, "--beams -1 must be at least 1"),
+        (["--beams", "2", "--lookup"], 2, "--beams goes with --prompt"),
+        (["--beams", "2", "--samples", "3", "--max-tokens", "4"], 2, "--samples 3: a search with --beams 2"),
+        (["--beams", "2"], 2, "do not fit the context of 16"),
         (["--lookup", "--json"], 2, "know no log-probabilities"),
         (["--lookup", "--draft", "latest"], 2, "--draft and --lookup: one of them"),
         (["--draft", "nothing"], 2, "nothing"),
