@@ -136,7 +136,7 @@ def _prompts(prompt: str | None, file: Path | None, lines: bool) -> list[str]:
 
 def _show(loaded: Loaded, prompt: str, one: Completion) -> None:
     """The text, each token in the colour of its probability; where colours are not to be had, a token a line."""
-    stream, shown = TextStream(loaded.tokenizer), Text(prompt.lstrip("\n"), style="dim")
+    stream, shown = TextStream(loaded.tokenizer), Text().append(prompt.lstrip("\n"), style="dim")
     for token, logprob in zip(one.tokens, one.logprobs or [], strict=True):
         p, piece = math.exp(logprob), stream.feed(token)
         if console.is_terminal:
