@@ -40,6 +40,7 @@ BUILTIN = (
     *(f"gptlab.tracker.{m}" for m in ("none", "wandb", "tensorboard")),
     "gptlab.runner.callbacks",
     "gptlab.runner.histograms",
+    "gptlab.runner.inference",
     "gptlab.runner.pruning",
     "gptlab.runner.averages",
     "gptlab.runner.diagnostics",

@@ -52,10 +52,18 @@ def for_generation(model: Transformer, precision: str) -> Transformer:
     return model
 
 
+def held_bytes(model: Transformer) -> int:
+    """Bytes of a model's weights, whatever form `for_generation` gave them."""
+    products = {id(p): p for m in model.modules() for p in (getattr(m, "product", None), getattr(m, "multiply", None))}
+    made = sum(p.bytes for p in products.values() if isinstance(p, (_Packed, _Int8)))
+    return made + sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 class _Packed:
     """A product with a bf16 matrix that oneDNN has laid out once. Its own layout, since torch's product makes it anew each time."""
 
     def __init__(self, weight: Float[Tensor, "o d"]) -> None:
+        self.bytes = 2 * weight.numel()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
 
     def __call__(self, x: Float[Tensor, "... d"], weight: Tensor, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
@@ -73,6 +81,7 @@ class _Int8:
         self._spare = -rows.shape[1] % 16
         self._weight = F.pad((rows / scale).round().clamp(-127, 127).to(torch.int8), (0, self._spare))
         self._scale = scale[:, 0].to(torch.bfloat16)
+        self.bytes = self._weight.numel() + 2 * self._scale.numel()
 
     def __call__(self, x: Float[Tensor, "... d"], weight: Tensor, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
         rows = F.pad(x.reshape(-1, x.shape[-1]), (0, self._spare))

@@ -11,7 +11,7 @@ from gptlab.config.product import cpu_multiplies_bf16
 from gptlab.generate import weights
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
-from gptlab.generate.weights import for_generation
+from gptlab.generate.weights import for_generation, held_bytes
 from gptlab.model.transformer import Transformer, new_model
 
 VOCABULARY = 61
@@ -63,6 +63,12 @@ def test_a_matrix_is_held_once() -> None:
     made = for_generation(model(), "bf16")
     assert sum(p.numel() for name, p in made.named_parameters() if name.endswith("qkv.weight")) == 0
     assert made.embedding.weight.dtype == torch.bfloat16
+    own = model("model/head=untied")
+    total = sum(p.numel() for p in own.parameters())
+    assert held_bytes(own) == 4 * total
+    head = own.head.weight.numel()  # type: ignore[union-attr,operator]
+    assert held_bytes(for_generation(own, "bf16")) == 2 * (total + head)  # the head's own parameter stays
+    assert held_bytes(for_generation(model(), "int8")) < 0.6 * 2 * total
 
 
 def test_bf16_without_instructions_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
