@@ -94,7 +94,8 @@ def _row(batch: int, by_name: dict[str, list[float]], limit: float) -> dict[str,
 def _show(report: dict[str, Any]) -> None:
     names = list(report["rows"][0]["tokens_per_second"])
     where = f"{report['device']}, {report['threads']} threads" if report["device"] == "cpu" else report["device"]
-    title = f"{report['model']}, {report['precision']}, {report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}, {where}"
+    what = f"{report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}"
+    title = f"{report['model']}, {report['precision']}, {what}, {where}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(["batch", *(f"{n.split()[0]}, /s" for n in names), *(["ratio"] if len(names) > 1 else []), "of limit"]):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
