@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rich.table import Table
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import resolve
+from gptlab.config.schema import ModelConfig
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.weights import for_generation
@@ -48,7 +50,7 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
     note = ""
     if importlib.util.find_spec("transformers") is None:
         note = "transformers is not installed: pip install transformers sets its generate beside ours"
-    elif ours.config.position.__class__ is not compose(["model=gpt2"]).model.position.__class__:
+    elif not _like_gpt2(config.model):
         note = "transformers' GPT-2 has no such parts: ours is timed alone"
     else:
         theirs = _transformers(ours, device, dtype)
@@ -147,6 +149,12 @@ def _transformers(ours: Transformer, device: torch.device, dtype: torch.dtype) -
         return time.perf_counter() - started
 
     return timed
+
+
+def _like_gpt2(model: ModelConfig) -> bool:
+    """Whether it is GPT-2 at another size, which transformers' is, too."""
+    gpt2 = compose(["model=gpt2"]).model
+    return replace(gpt2, width=model.width, depth=model.depth, heads=model.heads, context_length=model.context_length) == model
 
 
 def _read_bytes(model: Transformer, width: int) -> int:

@@ -15,7 +15,7 @@ from gptlab.data.tokenizer import digest, to_json
 from gptlab.generate.beam import beam_search
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.speculative import Draft, Lookup, Proposer
-from gptlab.generate.text import Completion, TextStream
+from gptlab.generate.text import Completion, TextStream, complete
 from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
@@ -66,7 +66,10 @@ def sample(
         if single:  # the prompt, too, once it is known to be one
             print((prompts[0].lstrip("\n") if one.text == text else "") + text, end="", flush=True)
 
-    found = loaded.complete(prompts, settings, samples=samples, logprobs=as_json or probabilities, proposer=proposer, streamed=streamed)
+    likely = as_json or probabilities
+    found = complete(
+        loaded.model, loaded.tokenizer, prompts, settings, samples=samples, logprobs=likely, proposer=proposer, streamed=streamed
+    )
     if single:
         print("" if found[0].text else prompts[0].lstrip("\n"))
         return

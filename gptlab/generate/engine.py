@@ -40,7 +40,7 @@ class Engine:
     """Rows that are generated side by side; they come and go between steps.
 
     A row that has filled the model's context forgets its older half, and the rest is read anew: a text may be of any length, and a token
-    costs the same on average. Where every position is new anyway (`model.depth=0`) nothing is kept.
+    costs the same on average.
     """
 
     def __init__(self, model: Transformer, *, logprobs: bool = False) -> None:

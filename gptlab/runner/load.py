@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,7 @@ from gptlab.config.registry import load_components
 from gptlab.config.schema import Config
 from gptlab.data.tokenizer import Tokenizer, from_json
 from gptlab.generate.sampling import Sampling
-from gptlab.generate.speculative import Proposer
-from gptlab.generate.text import Completion, complete
+from gptlab.generate.text import complete
 from gptlab.model.linear import undrawn
 from gptlab.model.transformer import Transformer
 from gptlab.runner.averages import check_weights, load_weights
@@ -39,21 +36,7 @@ class Loaded:
     def sample(self, prompt: str = "\n", *, max_tokens: int = 200, temperature: float = 0.8, top_k: int = 50, seed: int = 0) -> str:
         """Text after a prompt. Raises ConfigError for settings that mean nothing or a prompt the tokeniser does not know."""
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
-        return self.complete([prompt], settings)[0].text
-
-    def complete(
-        self,
-        prompts: Sequence[str],
-        settings: Sampling,
-        *,
-        samples: int = 1,
-        logprobs: bool = False,
-        proposer: Callable[[Sampling], Proposer] | None = None,
-        streamed: Callable[[Completion, str], None] = lambda _, __: None,
-    ) -> list[Completion]:
-        """Texts after prompts, side by side; `streamed` gets each piece as it is made. Raises ConfigError as `sample` does."""
-        more: dict[str, Any] = {"samples": samples, "logprobs": logprobs, "proposer": proposer, "streamed": streamed}
-        return complete(self.model, self.tokenizer, prompts, settings, **more)
+        return complete(self.model, self.tokenizer, [prompt], settings)[0].text
 
 
 def load(run: str | Run, *, checkpoint: str = "latest", weights: str = "default", device: str = "cpu") -> Loaded:

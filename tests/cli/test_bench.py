@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -256,3 +257,31 @@ def test_what_cannot_be_timed_is_refused_in_a_sentence(gptlab: Command, tmp_path
         assert refused.code == 2, arguments
         assert words in refused.err
         assert refused.err.count("\n") == 1, refused.err
+
+
+def test_generation_is_timed_at_each_batch_beside_transformers_of_the_same_shape(gptlab: Command) -> None:
+    ours = ["bench", "generate", "--precision", "fp32", "--json"]
+    told = json.loads(gptlab(*ours, "--model", "nano", "--tokens", "3", "--rounds", "2", "--batch", "1", "--batch", "3").out)
+    assert [row["batch"] for row in told["rows"]] == [1, 3]
+    assert all(0 < row["share_of_limit"] and min(row["tokens_per_second"].values()) > 0 for row in told["rows"])
+    both = importlib.util.find_spec("transformers") is not None
+    assert all(("ratio" in row) == both for row in told["rows"])
+    assert bool(told["note"]) != both
+    alone = json.loads(gptlab(*ours, "--model", "char", "--tokens", "1", "--rounds", "1", "--batch", "1").out)
+    assert list(alone["rows"][0]["tokens_per_second"]) == ["gptlab fp32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (["--tokens", "5000"], "at most 1008 fit the context of gpt2"),
+        (["--model", "nano", "--precision", "fp64"], "--precision fp64 is not one of fp32, bf16, int8"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(gptlab: Command, arguments: list[str], told: str) -> None:
+    found = gptlab("bench", "generate", *arguments)
+    assert (found.code, found.out) == (2, "")
+    assert told in " ".join(found.err.split())

@@ -10,6 +10,7 @@ import pytest
 
 from gptlab import compose, train
 from gptlab.generate.sampling import Sampling
+from gptlab.generate.text import complete
 from gptlab.runner.load import load
 from tests.cli.conftest import Command
 from tests.tiny import tiny
@@ -36,7 +37,7 @@ def test_json_lines_hold_every_text_with_its_tokens(run: str, gptlab: Command, t
     expected = [("the ", 0, 0), ("the ", 1, 1), ("and ", 0, 0), ("and ", 1, 1)]
     assert [(line["prompt"], line["sample"], line["seed"]) for line in lines] == expected
     loaded = load(run)
-    alone = loaded.complete(["the ", "and "], Sampling(5, 0.8, 50), samples=2)
+    alone = complete(loaded.model, loaded.tokenizer, ["the ", "and "], Sampling(5, 0.8, 50), samples=2)
     assert [line["text"] for line in lines] == [one.text for one in alone]
     assert all(loaded.tokenizer.decode(line["tokens"]) == line["text"] and line["finish"] == "length" for line in lines)
     assert all(len(line["logprobs"]) == 5 and max(line["logprobs"]) <= 0 for line in lines)
