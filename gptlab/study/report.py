@@ -21,6 +21,7 @@ from gptlab.tracker.jsonl import curve
 HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "verdict", "parameters", "tokens/s")
 _WORDS = {"better": "better", "worse": "worse", "same": "no difference", "undecided": "undecided", "none": "none"}
 _COLOURS_OF = {"better": "green", "worse": "red", "same": "cyan"}
+LONGEST_NAME = 34  # of a metric, in a narrow terminal
 
 
 def headers(comparison: Comparison) -> tuple[str, ...]:
@@ -95,10 +96,11 @@ def extras(comparison: Comparison) -> Table | None:
     names = sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY})
     if not names:
         return None
-    shown = Table(title="also measured, mean of the seeds", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("metric")
+    title = "also measured, mean of the seeds"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    shown.add_column("metric", overflow="fold", min_width=min(LONGEST_NAME, max(map(len, names))))  # cut off, one is like the other
     for row in comparison.rows:
-        shown.add_column(row.label, justify="right")
+        shown.add_column(row.label, justify="right", overflow="fold")
     for name in names:
         shown.add_row(name, *(f"{row.extra[name]:.4g}" if name in row.extra else "" for row in comparison.rows))
     return shown
