@@ -283,14 +283,3 @@ def _print_checked(run: Run, state: str, found: list[_Checked], files: dict[str,
     console.print(shown)
     for note in notes:
         say((f"note: {note}", "yellow"))
-
-
-def export(reference: str, *, to: str, output: Path | None, which: str, weights: str, dtype: str, force: bool) -> None:
-    """Write a run to one file, and say what is in it."""
-    from gptlab.runner.export import export as write
-
-    made = write(find_run(reference), output, to=to, which=which, weights=weights, dtype=dtype, force=force)
-    loss = f", val {made.loss:.4f}" if made.loss is not None else ""
-    loss += f" (of step {made.loss_step:,})" if made.loss_step not in (None, made.step) else ""
-    average = " (an average)" if made.weights == "average" else ""
-    say((str(made.file), "bold"), f"  {made.parameters:,} parameters{average} in {dtype}, {decimal(made.bytes)}, step {made.step:,}{loss}")

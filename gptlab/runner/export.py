@@ -77,7 +77,7 @@ def export(
     tokenizer = _tokenizer(run)
     held, tensors, metric = load_weights(chosen, weights)
     parameters = _parameters(config, int(tokenizer["vocabulary"]), tensors, chosen)
-    tensors = {name: _cast(name, weight, dtype) for name, weight in tensors.items()}
+    tensors = {name: cast(name, weight, dtype) for name, weight in tensors.items()}
     step = checkpoint.step_of(chosen)
     measured = [(int(m["step"]), float(m[metric])) for m in run.metrics() if metric in m and int(m["step"]) <= step]
     loss_step, loss = measured[-1] if measured else (None, None)
@@ -110,7 +110,7 @@ def _parameters(config: Config, vocabulary: int, weights: Mapping[str, Tensor], 
     return sum(p.numel() for p in model.parameters())
 
 
-def _cast(name: str, weight: Tensor, dtype: str) -> Tensor:
+def cast(name: str, weight: Tensor, dtype: str) -> Tensor:
     if not weight.is_floating_point():
         return weight
     made = weight.to(DTYPES[dtype])
