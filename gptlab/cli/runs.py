@@ -100,6 +100,10 @@ def show_run(reference: str) -> None:
         place = f" ({noted['study']}/{noted['name']})" if noted else ""
         identity, _, step = config.trainer.start.partition("@")
         say(f"began at step {step} of {identity}{place}; its steps, tokens and seconds count those before")
+    if parent := run.read("parent.json"):
+        say(f"began with the weights of step {parent['step']} of {parent['run']} ({parent['study']}/{parent['name']})")
+    if came := run.read("imported.json"):
+        say(f"imported from {came['source']} ({came['kind']})" + (f", commit {came['commit']}" if came.get("commit") else ""))
     done, failed, environment = run.read("done.json"), run.read("failed.json"), run.read("environment.json") or {}
     if done:
         say(f"done {done['finished']} by gptlab sources {done['source']}")

@@ -45,6 +45,7 @@ BUILTIN = (
     "gptlab.runner.averages",
     "gptlab.runner.diagnostics",
     "gptlab.runner.reference",
+    "gptlab.runner.inherit",
 )
 
 
