@@ -150,7 +150,7 @@ def test_a_plus_does_not_slip_an_unknown_key_in(override: str) -> None:
 
 
 def test_what_has_no_default_is_only_the_users_own() -> None:
-    bare = {c for c in components() if not all(has_default(c.options, f) for f in c.options.__dataclass_fields__)}
+    bare = [c for c in components() if not all(has_default(c.options, f) for f in c.options.__dataclass_fields__)]
     assert {f"{c.slot.path}={c.name}" for c in bare} == {"data/corpus=text", "data/corpus=hub", "data/tokenizer=file", "callback=reference"}
 
 
