@@ -49,6 +49,8 @@ def write_gguf(loaded: Loaded, file: Path, dtype: str) -> str:
     must_be(model, "llama.cpp", {"ffn": ("swiglu",) if llama else ("gelu",)})
     if not llama and getattr(model.ffn, "approximate", "") != "tanh":
         raise ConfigError("model.ffn.approximate=none has no place in llama.cpp's GPT-2, whose GELU is the tanh form: export to hf")
+    if component_of(model.position).name == "rotary_stretched":
+        raise ConfigError("model/position=rotary_stretched is not written to GGUF: export to hf, whose folder converts")
     if getattr(model.attention, "window", None) is not None:
         raise ConfigError("model.attention.window has no place in llama.cpp's Llama: export to hf")
     weights = exported(shape, model, tokenizer.vocabulary, loaded.model.state_dict())

@@ -139,7 +139,7 @@ def shape_for(model: ModelConfig) -> Shape:
     from gptlab.config.registry import component_of
 
     position = component_of(model.position).name
-    found = {"learned": GPT2, "rotary": LLAMA}.get(position)
+    found = {"learned": GPT2, "rotary": LLAMA, "rotary_stretched": LLAMA}.get(position)
     if found is None:
         raise ConfigError(f"model/position={position} has no place in GPT-2's or Llama's shape (learned, rotary): export to safetensors")
     return found

@@ -12,6 +12,12 @@ from gptlab.interop.shapes import Piece, Shape, model_config, must_be, must_be_p
 
 FFNS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 PLAIN_ROPE = (None, "default")
+STRETCH = {
+    "factor": "factor",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+    "trained": "original_max_position_embeddings",
+}  # our options of rotary_stretched, and what they are called there
 
 
 def _config(read: Mapping[str, Any], where: str) -> ModelConfig:
@@ -23,9 +29,6 @@ def _config(read: Mapping[str, Any], where: str) -> ModelConfig:
     if head_width * heads != width:
         raise ConfigError(f"{where}: head_dim {head_width} times {heads} heads is not the width {width}: there is no model/attention of it")
     rope = read.get("rope_parameters") or read.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in PLAIN_ROPE:
-        raise ConfigError(f"{where}: rope_scaling {kind}: there is no model/position that does so; model/position=rotary turns evenly")
     windowed = read.get("model_type") == "mistral" or read.get("use_sliding_window", False)
     kinds = set(read.get("layer_types") or [])
     if len(kinds) > 1:
@@ -40,15 +43,30 @@ def _config(read: Mapping[str, Any], where: str) -> ModelConfig:
         bias=biased,
         pad_vocab_to=1,
         norm=("rmsnorm", {"eps": float(read.get("rms_norm_eps", 1e-6))}),
-        position=("rotary", {"base": float(rope.get("rope_theta") or read.get("rope_theta") or 10_000.0)}),
+        position=_position(rope, float(rope.get("rope_theta") or read.get("rope_theta") or 10_000.0), where),
         attention=("multihead", {"kv_heads": int(read.get("num_key_value_heads") or heads), "window": window}),
         ffn=(FFNS[activation], {"expansion": read["intermediate_size"] / width, "multiple_of": 1}),
         head=("tied" if read.get("tie_word_embeddings", False) else "untied", {}),
     )
 
 
+def _position(rope: Mapping[str, Any], base: float, where: str) -> tuple[str, dict[str, Any]]:
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind in PLAIN_ROPE:
+        return "rotary", {"base": base}
+    if kind != "llama3":
+        raise ConfigError(
+            f"{where}: rope_scaling {kind}: there is no model/position that does so, only rotary and rotary_stretched (Llama 3.1's)"
+        )
+    return "rotary_stretched", {"base": base} | {ours: rope[theirs] for ours, theirs in STRETCH.items()}
+
+
 def _fits(config: ModelConfig) -> None:
-    must_be(config, "Llama", {"position": ("rotary",), "norm": ("rmsnorm", "rmsnorm_nonparametric"), "ffn": ("swiglu", "geglu")})
+    must_be(
+        config,
+        "Llama",
+        {"position": ("rotary", "rotary_stretched"), "norm": ("rmsnorm", "rmsnorm_nonparametric"), "ffn": ("swiglu", "geglu")},
+    )
     must_be_plain(config, "Llama")
     if getattr(config.attention, "window", None) is not None and config.bias:
         raise ConfigError("model.attention.window with model.bias has no place in Llama's or Mistral's shape: export to safetensors")
@@ -75,11 +93,19 @@ def _settings(config: ModelConfig, vocabulary: int) -> dict[str, Any]:
         "hidden_act": {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}[ffn],
         "rms_norm_eps": norm.eps,
         "rope_theta": position.base,
+        **_stretch(config),
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": component_of(config.head).name == "tied",
     }
+
+
+def _stretch(config: ModelConfig) -> dict[str, Any]:
+    position: Any = config.position
+    if component_of(position).name == "rotary":
+        return {}
+    return {"rope_scaling": {"rope_type": "llama3"} | {theirs: getattr(position, ours) for ours, theirs in STRETCH.items()}}
 
 
 def hidden(config: ModelConfig) -> int:

@@ -42,6 +42,7 @@ SHAPES = {
     "llama": (*LLAMA, "model/head=untied"),
     "llama, grouped, tied, biased": (*LLAMA, "model.attention.kv_heads=1", "model/head=tied", "model.bias=true", "model.pad_vocab_to=64"),
     "llama, geglu, no gains": (*LLAMA, "model/ffn=geglu", "model/norm=rmsnorm_nonparametric"),
+    "llama, stretched": (*LLAMA, "model/position=rotary_stretched", "model.position.factor=3", "model.position.trained=8"),
     "mistral": (*LLAMA, "model.attention.window=6"),
 }
 

@@ -32,12 +32,14 @@ def tokens(length: int) -> torch.Tensor:
     return torch.randint(28, (3, length), generator=torch.Generator().manual_seed(1))
 
 
+STRETCH = {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": gpt2,
     "gpt2, exact gelu, narrow ffn": lambda: gpt2(n_inner=31, activation_function="gelu", layer_norm_epsilon=1e-3),
     "gpt2, relu2, one head, untied": lambda: gpt2(activation_function="relu2", n_head=1, tie_word_embeddings=False),
     "llama": llama,
     "llama, one kv head, tied, far base": lambda: llama(num_key_value_heads=1, tie_word_embeddings=True, rope_theta=500.0),
+    "llama, stretched": lambda: llama(max_position_embeddings=64, hidden_size=96, rope_scaling=STRETCH),
     "llama, biases": lambda: llama(attention_bias=True, mlp_bias=True, hidden_act="gelu_pytorch_tanh"),
     "llama, biases of attention alone": lambda: llama(attention_bias=True),
     "mistral, window": lambda: llama("Mistral", sliding_window=5),
