@@ -137,6 +137,18 @@ def test_a_window_keeps_no_more_than_its_window() -> None:
     assert [tuple(keys.shape) for keys in cache.keys] == [(2, 2, 5, 8)] * 2
 
 
+@pytest.mark.parametrize("window", ["null", "5", "9"])
+def test_memory_grows_with_the_text(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, prompts, settings = model(f"model.attention.window={window}"), [[8], [1, 2, 3, 4, 5], [3]], Sampling(max_tokens=12, temperature=0)
+    at_once = by_rows(list(generate(made, prompts, settings)))
+    monkeypatch.setattr("gptlab.model.cache.ROOM", 2)
+    assert by_rows(list(generate(made, prompts, settings))) == at_once
+    cache = made.new_cache(1, CONTEXT)
+    assert [keys.shape[2] for keys in cache.keys] == [2, 2]
+    held = CONTEXT if window == "null" else int(window)
+    assert cache.bytes_when_full == 2 * 2 * held * made.config.width * made.embedding.weight.itemsize
+
+
 def test_a_cache_goes_back_unless_a_window_has_forgotten() -> None:
     made, tokens = model("model/position=rotary"), torch.tensor([[1, 2, 3, 4, 5, 6]])
     cache = made.new_cache(1, CONTEXT)
