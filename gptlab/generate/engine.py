@@ -17,11 +17,13 @@ from gptlab.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Made:
-    """A token of row `row`. `logprob`: its log-probability under the model, before temperature and cuts, where that was asked for."""
+    """A token of row `row`. `logprob`: its log-probability under the model, before temperature and cuts, where that was asked for;
+    `likeliest`: the likeliest tokens in its place with theirs, the likeliest first."""
 
     row: int
     token: int
     logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -34,6 +36,7 @@ class Row:
     generator: torch.Generator
     made: int = 0
     done: bool = False
+    top: int | None = None  # how many of the likeliest tokens are told with each of its own; None: no log-probability either
 
 
 class Engine:
@@ -50,12 +53,14 @@ class Engine:
         self._cache: KVCache | None = None
         self._logits: Float[Tensor, "b v"] | None = None  # of each row's next token
 
-    def add(self, prompt: Sequence[int], settings: Sequence[Sampling], numbers: Sequence[int]) -> None:
-        """Rows with one prompt, which is read once. Of a prompt longer than the context the end is read. Raises ConfigError for none."""
+    def add(self, prompt: Sequence[int], settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None) -> None:
+        """Rows with one prompt, which is read once. Of a prompt longer than the context the end is read. `top`: as a row's.
+        Raises ConfigError for an empty prompt."""
         if not len(prompt):
             raise ConfigError("the prompt is empty; give at least one character")
+        top = 0 if top is None and self.logprobs else top
         for number, own in zip(numbers, settings, strict=True):
-            self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed)))
+            self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed), top=top))
         self._join(*self._read(list(prompt)[-self.context :], len(settings)))
 
     def step(self) -> list[Made]:
@@ -68,15 +73,27 @@ class Engine:
                 [row.generator for row in self.rows],
                 [row.tokens for row in self.rows],
             )
-            likely: list[float | None] = [None] * len(tokens)
-            if self.logprobs:
-                likely = self._logits.float().log_softmax(-1)[range(len(tokens)), tokens].tolist()
-        made = []
-        for row, token, logprob in zip(self.rows, tokens, likely, strict=True):
+            made = self._told(tokens)
+        for row, token in zip(self.rows, tokens, strict=True):
             row.tokens.append(token)
             row.made += 1
             row.done = row.made >= row.settings.max_tokens
-            made.append(Made(row.number, token, logprob))
+        return made
+
+    def _told(self, tokens: Sequence[int]) -> list[Made]:
+        """The tokens of the rows, with the log-probabilities that each row asks for."""
+        asked = [i for i, row in enumerate(self.rows) if row.top is not None]
+        if not asked:
+            return [Made(row.number, token) for row, token in zip(self.rows, tokens, strict=True)]
+        assert self._logits is not None
+        spread = (self._logits if len(asked) == len(self.rows) else self._logits[asked]).float().log_softmax(-1)
+        own = spread[range(len(asked)), [tokens[i] for i in asked]].tolist()
+        most = min(max(self.rows[i].top or 0 for i in asked), spread.shape[-1])
+        values, places = (found.tolist() for found in spread.topk(most)) if most else ([[]] * len(asked), [[]] * len(asked))
+        made = [Made(row.number, token) for row, token in zip(self.rows, tokens, strict=True)]
+        for j, i in enumerate(asked):
+            top = self.rows[i].top
+            made[i] = replace(made[i], logprob=own[j], likeliest=tuple(zip(places[j][:top], values[j][:top], strict=True)))
         return made
 
     def advance(self) -> None:
