@@ -32,6 +32,7 @@ def serve(
     allow_hosts: Sequence[str],
     rows: int | None,
     queue: int,
+    threads: int | None,
     max_tokens: int,
     checkpoint: str,
     weights: str,
@@ -47,7 +48,12 @@ def serve(
         from gptlab.generate.server.guard import is_local
     except ImportError as error:
         raise ConfigError(f"gptlab serve needs {error.name}, which is not installed; run `pip install 'gptlab[serve]'`") from error
-    for name, value, least in (("rows", rows or 1, 1), ("queue", queue, 1), ("max-tokens", max_tokens, 1)):
+    for name, value, least in (
+        ("rows", 1 if rows is None else rows, 1),
+        ("queue", queue, 1),
+        ("threads", 1 if threads is None else threads, 1),
+        ("max-tokens", max_tokens, 1),
+    ):
         if value < least:
             raise ConfigError(f"--{name} {value} must be at least {least}")
     if token is not None and (len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token):
@@ -59,7 +65,7 @@ def serve(
         token = secrets.token_urlsafe(24)
     listening = _listen(host, port)
     port = listening.getsockname()[1]
-    models = [_served(one, checkpoint, weights, device, precision, rows, queue) for one in dict.fromkeys(runs)]
+    models = [_served(one, checkpoint, weights, device, precision, rows, queue, threads) for one in dict.fromkeys(runs)]
     _tell_apart(models)
     app = create_app(
         models,
@@ -101,15 +107,17 @@ def _listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def _served(run: str, checkpoint: str, weights: str, device: str, precision: str, rows: int | None, queue: int) -> Served:
+def _served(
+    run: str, checkpoint: str, weights: str, device: str, precision: str, rows: int | None, queue: int, threads: int | None
+) -> Served:
     loaded: Loaded = load(run, checkpoint=checkpoint, weights=weights, device=device)
     model = for_generation(loaded.model, precision)
     if loaded.run is None:
         stem = Path(run).stem
-        return Served(stem, stem, model, loaded.tokenizer, rows=rows, queue=queue)
+        return Served(stem, stem, model, loaded.tokenizer, rows=rows, queue=queue, threads=threads)
     found = loaded.run
     names = (found.identity, f"{found.study}/{found.directory.name}", run)
-    return Served(found.directory.name, _label(found), model, loaded.tokenizer, names, found.identity, rows, queue)
+    return Served(found.directory.name, _label(found), model, loaded.tokenizer, names, found.identity, rows, queue, threads)
 
 
 def _tell_apart(models: Sequence[Served]) -> None:

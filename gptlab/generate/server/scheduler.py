@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.generate.engine import Engine, Made
 from gptlab.generate.sampling import Sampling
@@ -21,6 +23,7 @@ from gptlab.model.transformer import Transformer
 
 READ_AT_ONCE = 512  # tokens of new prompts between two steps, so that running texts do not wait long for those that join
 MOST_ROWS = 32
+SMALL = 20_000_000  # parameters, below which one core is faster than two that wait for each other at every operation
 CACHE_BYTES = 2 << 30  # that the rows' keys and values may take, unless the number of rows is given
 GONE = "the server is closing; ask again when it is back"
 
@@ -90,13 +93,16 @@ class Scheduler:
     """Makes texts with one model, in a thread of its own.
 
     Requests wait in a queue of bounded length, and join in the order they came: at most `READ_AT_ONCE` tokens of new prompts are read
-    between two steps of the running texts (at least one prompt), as long as there are fewer than `rows` texts.
+    between two steps of the running texts (at least one prompt), as long as there are fewer than `rows` texts. `threads`: the cores of a step.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, rows: int | None = None, queue: int = 64) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, rows: int | None = None, queue: int = 64, threads: int | None = None
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.rows = rows or fitting_rows(model)
         self.queue = queue
+        self.threads = threads or fitting_threads(model)
         self._engine = Engine(model)
         self._waiting: deque[_Job] = deque()
         self._of: dict[int, tuple[_Job, int]] = {}  # which text of which request a row is
@@ -143,6 +149,7 @@ class Scheduler:
         return reply
 
     def _run(self) -> None:
+        torch.set_num_threads(self.threads)  # of this thread
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._waiting or self._engine.rows)
@@ -232,6 +239,13 @@ def _tell(told: Sequence[Told]) -> None:
 def _deliver(told: Sequence[Told]) -> None:
     for reply, events, failure in told:
         reply.deliver(events, failure)
+
+
+def fitting_threads(model: Transformer) -> int:
+    """How many cores a step takes unless told: one where the model is small, since operations of some microseconds gain nothing from a
+    second core, and stand still while something else has it; else as torch finds them."""
+    small = model.embedding.weight.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL
+    return 1 if small else torch.get_num_threads()
 
 
 def fitting_rows(model: Transformer) -> int:

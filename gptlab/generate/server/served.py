@@ -27,12 +27,13 @@ class Served:
     run: str | None = None
     rows: int | None = None
     queue: int = 64
+    threads: int | None = None
     scheduler: Scheduler = field(init=False)
 
     def __post_init__(self) -> None:
         self.format = chat_format(self.tokenizer)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.scheduler = Scheduler(self.model, self.tokenizer, rows=self.rows, queue=self.queue)
+        self.scheduler = Scheduler(self.model, self.tokenizer, rows=self.rows, queue=self.queue, threads=self.threads)
         self._texts: dict[int, tuple[str, list[int]]] = {}
 
     def described(self, created: int) -> dict[str, Any]:
