@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 
-KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), "ArrowRight": (39, ""), "ArrowLeft": (37, ""), "ArrowDown": (40, ""), " ": (32, " ")}
+KEYS = {
+    "Enter": (13, "\r"),
+    "Escape": (27, ""),
+    "Tab": (9, ""),
+    "ArrowRight": (39, ""),
+    "ArrowLeft": (37, ""),
+    "ArrowDown": (40, ""),
+    " ": (32, " "),
+}
 
 
 class Browser:
@@ -35,7 +43,14 @@ class Browser:
             os.dup2(one, 3)
             os.dup2(two, 4)
 
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", "--hide-scrollbars"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            "--hide-scrollbars",
+        ]
         self._process = subprocess.Popen(
             [program, *flags, f"--user-data-dir={folder}", "about:blank"],
             preexec_fn=as_three_and_four,
@@ -150,7 +165,11 @@ class Browser:
     def complaints(self) -> list[str]:
         """Errors and refusals that the browser has noted so far."""
         self.call("Runtime.getIsolateId")  # what was said before it has arrived with the answer
-        logged = [e["params"]["entry"]["text"] for e in self.events if e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] == "error"]
+        logged = [
+            e["params"]["entry"]["text"]
+            for e in self.events
+            if e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] == "error"
+        ]
         thrown = [json.dumps(e["params"]["exceptionDetails"])[:400] for e in self.events if e.get("method") == "Runtime.exceptionThrown"]
         return logged + thrown
 

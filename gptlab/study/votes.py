@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from scipy import special
 
 from gptlab.config.folders import runs_root, study_folder
-from gptlab.runner.run import members, studies
+from gptlab.runner.run import all_runs, members, studies
+from gptlab.study import tables
 from gptlab.study.statistics import CONFIDENCE
 from gptlab.tracker.jsonl import read_metrics
 
 VOTES = "votes.jsonl"
-HEAD = ("arm, against", "votes", "won", "lost", "tie", "both bad", "won, 95 %")
+TITLE = "votes on blind pairs"
+HEAD = ("arm", "votes", "won", "lost", "tie", "both bad", "won, 95 %")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,11 @@ def wilson(won: int, count: int, confidence: float = CONFIDENCE) -> tuple[float,
 
 
 def votes_file(one: str | None, other: str | None) -> Path:
-    """Where votes on two runs go, by their identities: the folder of a study that compares both, else the runs' root."""
+    """Where votes on two runs go, by their identities: the folder of a study that compares both (of several, the one in which one of them
+    lies), else the runs' root."""
     if one is not None and other is not None:
-        for study in studies():
+        home = {run.study for run in all_runs() if run.identity in (one, other)}
+        for study in sorted(studies(), key=lambda name: name not in home):
             if {one, other} <= {member["identity"] for member in members(study)}:
                 return study_folder(study) / VOTES
     return runs_root() / VOTES
@@ -100,11 +105,20 @@ def _tally(arm: str, against: str, votes: Mapping[str, int]) -> Tally:
     return Tally(arm, against, won, lost, votes["tie"], votes["bad"], won / (won + lost) if won + lost else None, low, high)
 
 
-def cells(tallies: Sequence[Tally]) -> list[tuple[str, ...]]:
-    """The lines of a table under `HEAD`."""
+def table(tallies: Sequence[Tally]) -> Table:
+    """For a terminal."""
+    return tables.table(TITLE, HEAD, _cells(tallies))
+
+
+def markdown(tallies: Sequence[Tally]) -> str:
+    """The same in markdown, with its title above it."""
+    return tables.markdown(TITLE, HEAD, _cells(tallies))
+
+
+def _cells(tallies: Sequence[Tally]) -> list[tuple[str, ...]]:
     return [
         (
-            f"{t.arm}, {t.against}",
+            f"{t.arm} against {t.against}",
             *(str(n) for n in (t.votes, t.won, t.lost, t.ties, t.bad)),
             "" if t.rate is None or t.low is None or t.high is None else f"{t.rate:.0%} ({t.low:.0%} to {t.high:.0%})",
         )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -123,8 +121,7 @@ def create_app(
         return JSONResponse(told.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        print("gptlab serve: a request failed\n" + "".join(traceback.format_exception(error)), file=sys.stderr)
+    async def failed(_: Request, error: Exception) -> Response:  # uvicorn writes the error to the terminal
         return JSONResponse(Refused(500, "the server failed; its terminal says why").body(), 500)
 
     return Guard(app, hosts=hosts, local=local, token=token)  # outermost: an answer that something failed has the headers too

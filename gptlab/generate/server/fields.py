@@ -205,7 +205,7 @@ def _number(given: Mapping[str, Any], name: str, default: float) -> float:
     value = given.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Refused(422, f"{name} must be a number, not {_kind(value)}", param=name)
-    if name in CEILINGS and not math.isnan(value) and value > CEILINGS[name]:
+    if name in CEILINGS and value > CEILINGS[name]:
         raise Refused(422, f"{name} must be at most {CEILINGS[name]:g}", param=name)
     try:
         return float(value)

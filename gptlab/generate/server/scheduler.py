@@ -93,7 +93,7 @@ class Scheduler:
     """Makes texts with one model, in a thread of its own.
 
     Requests wait in a queue of bounded length, and join in the order they came: at most `READ_AT_ONCE` tokens of new prompts are read
-    between two steps of the running texts (at least one prompt), as long as there are fewer than `rows` texts. `threads`: the cores of a step.
+    between two steps of the running texts (at least one prompt), as long as there are fewer than `rows` texts. `threads`: cores of a step.
     """
 
     def __init__(
