@@ -96,13 +96,15 @@ def serve(
 
 def _listen(host: str, port: int) -> socket.socket:
     """Raises ConfigError where the address cannot be had, before a model is loaded."""
+    if not 0 <= port < 2**16:  # which getaddrinfo takes modulo 65,536
+        raise ConfigError(f"--port {port} must be between 0 (a free one) and 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
         made.listen(512)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"--host {host} --port {port} cannot be had ({error}); give another port, or 0 for a free one") from error
     return made
 

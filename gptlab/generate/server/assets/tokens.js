@@ -90,7 +90,8 @@ const tokens = (() => {
     };
     box.addEventListener("pointerover", (event) => { if (event.target.token && event.pointerType !== "touch") hint(event.target); });
     box.addEventListener("pointerout", unhint);
-    box.addEventListener("blur", () => go(null));
+    box.addEventListener("blur", () => { if ($("choices").hidden) go(null); }); // it comes back when they close
+    box.addEventListener("focus", () => { if (here?.isConnected) hint(here); });
     box.addEventListener("click", (event) => {
       if (event.target.token && getSelection().isCollapsed) choose(event.target, box, chosen);
     });
