@@ -29,6 +29,8 @@ def test_recipes_and_experiments_are_inside(wheel: Path) -> None:
         for file in (f for f in (ROOT / folder).rglob("*.*") if f.suffix in (".yaml", ".json")):
             assert f"gptlab/{file.relative_to(ROOT)}" in names
     assert {"gptlab/py.typed", *(f"gptlab/study/assets/page.{kind}" for kind in ("html", "css", "js"))} <= set(names)
+    for file in (ROOT / "gptlab" / "generate" / "server" / "assets").iterdir():
+        assert f"gptlab/generate/server/assets/{file.name}" in names
     assert not any(name.startswith(("tests/", "runs/")) for name in names)
 
 

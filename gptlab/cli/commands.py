@@ -53,6 +53,21 @@ def bench_generate(
     bench(model=model, batches=batch or [1, 8], tokens=tokens, rounds=rounds, precision=precision, as_json=as_json)
 
 
+@bench_app.command("serve")
+def bench_serve(
+    run: RunArgument = "latest",
+    clients: Annotated[int, typer.Option(help="How many ask at once.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Of each answer.")] = 200,
+    rounds: Annotated[int, typer.Option(help="How often one client and many are timed, in turn.")] = 3,
+    requests: Annotated[int, typer.Option(help="Short requests after that, over which memory is watched.")] = 1000,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a server of a run: one client, many at once, and its memory over many requests."""
+    from gptlab.cli.bench_serve import bench
+
+    bench(run, clients=clients, tokens=tokens, rounds=rounds, requests=requests, as_json=as_json)
+
+
 @bench_app.command("data")
 def bench_data(
     text: Annotated[Path | None, typer.Option(help="The text to tokenise; Python's documentation unless named.", metavar="FILE")] = None,

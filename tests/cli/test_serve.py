@@ -134,3 +134,16 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(runs: list[str], gptlab:
         assert (found.code, found.out) == (2, ""), arguments
         assert told in " ".join(found.err.split())
     assert gptlab("serve", "nothing").code == 2
+
+
+def test_a_server_is_timed_by_clients_of_its_own(runs: list[str], gptlab: Command) -> None:
+    asked = ["--clients", "3", "--tokens", "5", "--rounds", "1", "--requests", "10"]
+    told = json.loads(gptlab("bench", "serve", runs[0], *asked, "--json").out)
+    (found,) = told["rounds"]
+    assert found["whole"] == 3
+    assert 0 < found["fastest"] <= found["slowest"]
+    assert 0 < found["first"] <= 5 / found["alone"]
+    assert len(told["memory"]) in (0, 11)
+    refused = gptlab("bench", "serve", "nothing", *asked)
+    assert (refused.code, "no run matches 'nothing'" in refused.err) == (2, True)
+    assert gptlab("bench", "serve", runs[0], "--clients", "0").code == 2
