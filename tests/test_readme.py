@@ -85,6 +85,8 @@ def shortened(command: str, sample: Path) -> list[str]:
         words.append("trainer.batch_tokens=4096")
     if words[:3] == ["gptlab", "bench", "checkpoint"]:
         words += ["--rounds", "1"] + (["--model", "nano"] if "--model" not in words else [])
+    if words[:3] == ["gptlab", "bench", "serve"]:
+        words += ["--rounds", "1", "--requests", "10"]
     if words[:3] == ["gptlab", "bench", "data"]:
         words += ["--rounds", "1", "--megabytes", "4"]
     return words

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
-from gptlab.cli.commands import bench_app, data_app
+from gptlab.cli.commands import bench_app, chat, data_app, serve
 from gptlab.config.errors import GptlabError
 
 app = typer.Typer(
@@ -261,65 +261,8 @@ def sample(
     )
 
 
-@app.command()
-def chat(
-    run: RunArgument,
-    system: Annotated[str, typer.Option(help="What a model with chat tokens is told before the conversation.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; 1: as the model believes.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that together have this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same conversation.")] = 0,
-    checkpoint: CheckpointOption = "latest",
-    weights: WeightsOption = "default",
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
-) -> None:
-    """Talk to a run in the terminal; one without chat tokens goes on with your text."""
-    from gptlab.cli.chat import chat as talk
-    from gptlab.generate.sampling import Sampling
-
-    settings = Sampling(max_tokens, temperature, top_k, top_p, seed=seed)
-    talk(run, system=system, settings=settings, checkpoint=checkpoint, weights=weights, device=device, precision=precision)
-
-
-@app.command()
-def serve(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Directories, identities, unique prefixes, or `latest`.")],
-    host: Annotated[str, typer.Option(help="The address; another than this machine's own takes a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: a free one.")] = 8421,
-    token: Annotated[
-        str | None,
-        typer.Option(help="What clients must send as their key; made up for an address that others reach.", envvar="GPTLAB_TOKEN"),
-    ] = None,
-    allow_host: Annotated[list[str] | None, typer.Option(help="Another name that this server answers to.", metavar="NAME")] = None,
-    rows: Annotated[int | None, typer.Option(help="Texts that are made side by side; unless given, what fits, up to 32.")] = None,
-    queue: Annotated[int, typer.Option(help="Requests of each model that may wait.")] = 64,
-    threads: Annotated[int | None, typer.Option(help="CPU cores of a step; unless given, 1 for a small model, else all.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer, whatever a request asks for.")] = 4096,
-    checkpoint: CheckpointOption = "latest",
-    weights: WeightsOption = "default",
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
-) -> None:
-    """Serve runs to OpenAI's clients, with a page to talk to them and to tell them apart."""
-    from gptlab.cli.serve import serve as run
-
-    run(
-        runs,
-        host=host,
-        port=port,
-        token=token,
-        allow_hosts=allow_host or [],
-        rows=rows,
-        queue=queue,
-        threads=threads,
-        max_tokens=max_tokens,
-        checkpoint=checkpoint,
-        weights=weights,
-        device=device,
-        precision=precision,
-    )
+app.command()(chat)
+app.command()(serve)
 
 
 @components_app.callback()

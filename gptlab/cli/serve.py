@@ -19,6 +19,7 @@ from gptlab.study.compare import gather
 from gptlab.study.votes import votes_file
 from gptlab.tracker.console import console, say
 
+MOST_CONNECTIONS = 1_000
 GRACE = 60  # seconds that answers may take to end when the server is to stop
 SWITCH = 5e-4  # seconds after which the thread that writes answers lets the one that makes them go on; Python's own 5 ms are a whole step
 
@@ -75,7 +76,15 @@ def serve(
         local=local,
         token=token,
     )
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE, ws="none")
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE,
+    )
     server = uvicorn.Server(config)
     sys.setswitchinterval(SWITCH)
     shown = f"[{host}]" if ":" in host else host

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import select
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,45 @@ def test_what_means_nothing_is_told_and_the_conversation_goes_on(base: str, said
     assert found.code == 0
     assert told in " ".join(found.out.split())
     assert found.out.endswith(load(base).sample("the ", max_tokens=9, seed=0) + "\n")
+
+
+@pytest.mark.slow
+def test_the_arrow_keys_bring_back_what_was_written(base: str, tmp_path: Path) -> None:
+    """On a terminal, with its history."""
+    import pty
+
+    pytest.importorskip("readline", reason="needs readline, which this Python lacks")
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "gptlab", "chat", base, "--max-tokens", "3"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+
+    read = ""
+
+    def until(text: str) -> None:
+        nonlocal read
+        while text not in read:
+            ready, _, _ = select.select([mine], [], [], 60)
+            assert ready, read
+            read += os.read(mine, 1 << 16).decode(errors="replace")
+        read = read.partition(text)[2]
+
+    try:
+        until("> ")
+        os.write(mine, b"/temperature 0\n")
+        until("temperature 0.0")
+        until("> ")
+        os.write(mine, b"/settings\n")
+        until("max_tokens 3")
+        until("> ")
+        os.write(mine, b"\x1b[A\x1b[A\n")  # twice up
+        until("temperature 0.0")
+        os.write(mine, b"/quit\n")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(mine)
 
 
 def test_options_that_mean_nothing_are_refused(base: str, said) -> None:  # type: ignore[no-untyped-def]

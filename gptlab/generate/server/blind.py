@@ -19,7 +19,7 @@ from gptlab.generate.server.served import Served
 
 SIDES = ("a", "b")
 VOTES = ("a", "b", "tie", "bad")
-MOST_PAIRS = 1_000  # that are open at once; the oldest are forgotten
+MOST_PAIRS = 100  # that are open at once, each with its prompt; the oldest are forgotten
 LONGEST = 20_000  # characters of a prompt and of an answer that are kept with a vote
 
 
