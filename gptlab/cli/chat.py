@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -137,10 +138,15 @@ def chat(run: str, *, system: str, settings: Sampling, checkpoint: str, weights:
 def _answer(talk: Talk, line: str) -> None:
     try:
         for piece in talk.say(line):
-            print(piece, end="", flush=True)
+            print(_plain(piece), end="", flush=True)
     except KeyboardInterrupt:  # the answer is to end, not the conversation
         pass
     print()
+
+
+def _plain(text: str) -> str:
+    """The text without what a terminal would obey: a model may have learned to write escape sequences."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
 
 
 def _command(talk: Talk, line: str) -> None:

@@ -19,6 +19,7 @@ from gptlab.study.compare import gather
 from gptlab.study.votes import votes_file
 from gptlab.tracker.console import console, say
 
+EVERYWHERE = ("0.0.0.0", "::", "")  # all addresses of this machine, and none that a browser could be sent to
 MOST_CONNECTIONS = 1_000
 GRACE = 60  # seconds that answers may take to end when the server is to stop
 SWITCH = 5e-4  # seconds after which the thread that writes answers lets the one that makes them go on; Python's own 5 ms are a whole step
@@ -87,7 +88,7 @@ def serve(
     )
     server = uvicorn.Server(config)
     sys.setswitchinterval(SWITCH)
-    shown = f"[{host}]" if ":" in host else host
+    shown = socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
     for served in models:
         about = f"{served.parameters:,} parameters, {f'chat format {served.format.name}' if served.format else 'continues text'}"
         say((served.name, "bold"), f"  {about}")

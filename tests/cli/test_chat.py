@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptlab import compose, train
+from gptlab.cli.chat import _plain
 from gptlab.runner.load import load
 from tests.cli.conftest import Command
 from tests.tiny import tiny
@@ -67,7 +68,7 @@ def test_a_model_with_chat_tokens_is_asked_as_one(talker: str, said, tmp_path: P
     roles = [m["role"] for m in saved["messages"]]
     assert roles[0] == "user"
     assert roles in (["user", "assistant"] * 2, ["user", "assistant"])  # an answer that ended at once is none
-    assert all(m["content"] in told.out for m in saved["messages"] if m["role"] == "assistant")
+    assert all(_plain(m["content"]) in told.out for m in saved["messages"] if m["role"] == "assistant")
     refused = said(talker, f"/save {tmp_path / 'nowhere' / 'x.json'}")
     assert "No such file or directory" in refused.out
 
@@ -132,6 +133,12 @@ def test_the_arrow_keys_bring_back_what_was_written(base: str, tmp_path: Path) -
         process.kill()
         process.wait()
         os.close(mine)
+
+
+def test_an_escape_sequence_of_the_model_s_does_not_reach_the_terminal(base: str, said, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("gptlab.data.tokenizer.CharTokenizer.decode", lambda self, ids: "\x1b[31m\x9b2J\a\ta\n" * len(ids))
+    told = said(base, "the ", options=("--max-tokens", "1"))
+    assert told.out == "\ufffd[31m\ufffd2J\ufffd\ta\n\n"
 
 
 def test_options_that_mean_nothing_are_refused(base: str, said) -> None:  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from torch import Tensor
 from gptlab import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import components, load_components
-from gptlab.generate.engine import Made, generate
+from gptlab.generate.engine import Engine, Made, generate
 from gptlab.generate.sampling import Sampling
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer, new_model
@@ -75,6 +75,22 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_read() -> None:
     (first, *_) = generate(made, [long], Sampling(max_tokens=3, temperature=0))
     with torch.inference_mode():
         assert first.token == int(made(torch.tensor([long[-CONTEXT:]]))[0, -1].argmax())
+
+
+def test_each_row_is_told_as_many_of_the_likeliest_tokens_as_it_asks_for() -> None:
+    made = model()
+    engine = Engine(made)
+    tops = (3, None, 0, 100)
+    for row, (prompt, top) in enumerate(zip(PROMPTS, tops, strict=True)):
+        engine.add(prompt, [Sampling(max_tokens=2, seed=row)], [row], top=top)
+    for one in engine.step():
+        with torch.inference_mode():
+            spread = made(torch.tensor([PROMPTS[one.row]]))[0, -1].float().log_softmax(-1)
+        top = tops[one.row]
+        assert one.logprob == (None if top is None else pytest.approx(float(spread[one.token]), abs=1e-5))
+        values, places = spread.topk(min(top or 0, VOCABULARY))
+        assert [token for token, _ in one.likeliest] == places.tolist()
+        assert [value for _, value in one.likeliest] == pytest.approx(values.tolist(), abs=1e-5)
 
 
 def test_samples_of_one_prompt_are_those_of_their_seeds_alone() -> None:

@@ -260,6 +260,24 @@ def test_a_blind_vote_tells_who_was_who_afterwards(page: Browser, votes: Path) -
     assert [line[side]["answer"] for side in ("a", "b")] == texts(page)
 
 
+def test_the_token_comes_with_the_address_or_is_asked_for(chromium: Browser) -> None:
+    with serving(served("one", tokenizer=Letters()), local=False, token="open-sesame") as url:
+        chromium.go("about:blank")
+        chromium.go(url)
+        chromium.until("document.activeElement.id === 'token'")
+        chromium.type("wrong")
+        chromium.press("Enter")
+        chromium.until("document.activeElement.id === 'token' && document.activeElement.value === ''")
+        chromium.type("open-sesame")
+        chromium.press("Enter")
+        chromium.until("document.getElementById('notice').hidden && document.querySelectorAll('#fields input').length > 5")
+        chromium.evaluate("sessionStorage.clear()")
+        chromium.go("about:blank")
+        chromium.go(f"{url}/#token=open-sesame")
+        chromium.until("document.querySelectorAll('#fields input').length > 5")
+        assert chromium.evaluate("location.href") == f"{url}/"
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_cut_off_or_lies_over_something_else(page: Browser, width: int, dark: bool) -> None:
