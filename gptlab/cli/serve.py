@@ -88,6 +88,8 @@ def serve(
     )
     server = uvicorn.Server(config)
     sys.setswitchinterval(SWITCH)
+    # Before uvicorn listens to signals itself, and when all is done, since it then raises the one that ended it once more.
+    signal.signal(signal.SIGTERM, lambda *_: setattr(server, "should_exit", True))
     shown = socket.gethostname() if host in EVERYWHERE else f"[{host}]" if ":" in host else host
     for served in models:
         about = f"{served.parameters:,} parameters, {f'chat format {served.format.name}' if served.format else 'continues text'}"
@@ -96,8 +98,6 @@ def serve(
     if token:
         say(f"token: {token}")
     console.file.flush()
-    # uvicorn raises the signal that ended it once more, when all is done: it has been heard.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         server.run(sockets=[listening])
     except KeyboardInterrupt:

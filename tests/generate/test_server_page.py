@@ -243,6 +243,37 @@ def test_conversations_are_kept_and_exported(page: Browser, address: str) -> Non
     assert page.complaints() == []
 
 
+def test_a_conversation_that_is_deleted_while_it_is_answered_stays_deleted(page: Browser) -> None:
+    setting(page, "max_tokens", 3)
+    ask(page, "first")
+    choose(page, "slow")
+    setting(page, "max_tokens", 150)
+    page.evaluate("document.getElementById('prompt').focus()")
+    page.type("second")
+    page.press("Enter")
+    page.until("document.querySelectorAll('.answer[data-state=streaming] .t').length > 1")
+    page.evaluate("window.confirm = () => true")
+    page.click("#conversations li .icon")
+    page.until("document.querySelectorAll('#conversations li').length === 0 && document.getElementById('send').textContent === 'Send'")
+    assert page.evaluate("Object.keys(localStorage).filter((key) => key.includes('conversation')).length") == 0
+
+
+def test_without_a_store_of_the_browser_the_page_works_all_the_same(page: Browser, address: str) -> None:
+    forbidden = (
+        "for (const n of ['localStorage', 'sessionStorage']) Object.defineProperty(window, n, { get() { throw new Error('no'); } });"
+    )
+    made = page.call("Page.addScriptToEvaluateOnNewDocument", source=forbidden)["identifier"]
+    try:
+        page.go(address)
+        page.until("document.activeElement.id === 'prompt'")
+        setting(page, "max_tokens", 3)
+        ask(page, "first")
+        assert page.evaluate("document.querySelectorAll('#conversations li').length") == 1
+        assert page.complaints() == []
+    finally:
+        page.call("Page.removeScriptToEvaluateOnNewDocument", identifier=made)
+
+
 def test_a_blind_vote_tells_who_was_who_afterwards(page: Browser, votes: Path) -> None:
     choose(page, "one", "two")
     setting(page, "max_tokens", 8)

@@ -1,10 +1,10 @@
 
 // Talking to the server.
 const api = (() => {
-  const TOKEN = "gptlab.token";
+  const TOKEN = "gptlab.token", session = storeOf("sessionStorage");
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
   if (given) { // not left in the address, which is shown and copied
-    sessionStorage.setItem(TOKEN, given);
+    session.setItem(TOKEN, given);
     history.replaceState(null, "", location.pathname);
   }
 
@@ -17,7 +17,7 @@ const api = (() => {
 
   async function ask(path, body, signal) {
     const headers = {};
-    const token = sessionStorage.getItem(TOKEN);
+    const token = session.getItem(TOKEN);
     if (token) headers.Authorization = `Bearer ${token}`;
     if (body) headers["Content-Type"] = "application/json";
     let answer;
@@ -58,6 +58,6 @@ const api = (() => {
   return {
     stream, Failure,
     json: async (path, body) => (await ask(path, body)).json(),
-    useToken: (token) => sessionStorage.setItem(TOKEN, token),
+    useToken: (token) => session.setItem(TOKEN, token),
   };
 })();

@@ -12,7 +12,8 @@
   ];
   const ALTERNATIVES = 8;
   const settings = Object.assign({ system: "", text: false, tint: false }, Object.fromEntries(NUMBERS.map((f) => [f.name, f.value])), store.settings());
-  let all = [], limits = {}, chosen = new Set(), conversation = fresh(), parts = new Map(), running = new Set();
+  let all = [], limits = {}, chosen = new Set(), conversation = fresh(), parts = new Map();
+  const running = new Set(), gone = new Set(); // requests under way; conversations that were deleted
 
   function newId() {
     return [...crypto.getRandomValues(new Uint8Array(9))].map((b) => b.toString(16).padStart(2, "0")).join("");
@@ -85,7 +86,7 @@
     given.seconds = first ? (performance.now() - first) / 1000 : 0;
     running.delete(control);
     parts.get(given)?.settle();
-    notice(store.save(own));
+    if (!gone.has(own.id)) notice(store.save(own));
     if (!running.size) finished(turn);
   }
 
@@ -228,14 +229,17 @@
 
   function listed() {
     view.list(store.conversations(), conversation.id, (one) => {
-      stop();
-      conversation = one;
-      shown();
-      view.toEnd();
+      if (one.id !== conversation.id) {
+        stop();
+        conversation = one;
+        shown();
+        view.toEnd();
+      }
       drawer(false);
     }, (one) => {
       if (!confirm(`Delete “${one.title}”?`)) return;
-      stop();
+      if (one.id === conversation.id) stop();
+      gone.add(one.id);
       store.remove(one.id);
       if (one.id === conversation.id) conversation = fresh();
       shown();

@@ -1,12 +1,29 @@
 "use strict";
 
+// The browser's own store, or, where it is not allowed, one that lasts as long as the page.
+function storeOf(name) {
+  try {
+    window[name].getItem("");
+    return window[name];
+  } catch {
+    const held = new Map();
+    return {
+      get length() { return held.size; },
+      key: (i) => [...held.keys()][i],
+      getItem: (key) => held.get(key) ?? null,
+      setItem: (key, value) => held.set(key, value),
+      removeItem: (key) => held.delete(key),
+    };
+  }
+}
+
 // What the browser keeps: each conversation under a key of its own, so that two tabs do not write over one another; settings; the theme.
 const store = (() => {
-  const PREFIX = "gptlab.conversation.", SETTINGS = "gptlab.settings", THEME = "gptlab.theme";
+  const kept = storeOf("localStorage"), PREFIX = "gptlab.conversation.", SETTINGS = "gptlab.settings", THEME = "gptlab.theme";
 
   function read(key) {
     try {
-      return JSON.parse(localStorage.getItem(key));
+      return JSON.parse(kept.getItem(key));
     } catch {
       return null; // another program's, or cut off
     }
@@ -14,7 +31,7 @@ const store = (() => {
 
   function write(key, value) {
     try {
-      localStorage.setItem(key, JSON.stringify(value));
+      kept.setItem(key, JSON.stringify(value));
       return true;
     } catch {
       return false; // full, or not allowed
@@ -26,8 +43,8 @@ const store = (() => {
 
   function conversations() {
     const found = [];
-    for (let i = 0; i < localStorage.length; i++) {
-      const key = localStorage.key(i);
+    for (let i = 0; i < kept.length; i++) {
+      const key = kept.key(i);
       const held = key.startsWith(PREFIX) ? read(key) : null;
       if (sound(held)) found.push(held);
     }
@@ -46,7 +63,7 @@ const store = (() => {
       if (write(key, conversation)) return "";
     }
     for (const other of older) {
-      localStorage.removeItem(PREFIX + other.id);
+      kept.removeItem(PREFIX + other.id);
       if (write(key, conversation)) return "The browser's store is full: the oldest conversations were dropped. Export what you want to keep.";
     }
     return "This conversation could not be kept: the browser has no room for it. Export it before you leave.";
@@ -54,7 +71,7 @@ const store = (() => {
 
   return {
     conversations, save,
-    remove: (id) => localStorage.removeItem(PREFIX + id),
+    remove: (id) => kept.removeItem(PREFIX + id),
     settings: () => read(SETTINGS) || {},
     keepSettings: (value) => write(SETTINGS, value),
     theme: () => read(THEME),
