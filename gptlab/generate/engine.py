@@ -39,6 +39,28 @@ class Row:
     top: int | None = None  # how many of the likeliest tokens are told with each of its own; None: no log-probability either
 
 
+class Reading:
+    """A prompt that is read piece by piece, so that rows under way need not wait for all of it."""
+
+    def __init__(self, model: Transformer, tokens: Sequence[int]) -> None:
+        """Of a prompt longer than the context the end is read."""
+        self.model, self.tokens = model, list(tokens)[-model.config.context_length :]
+        self.cache = model.new_cache(1, model.config.context_length)
+        self.logits: Float[Tensor, "1 v"] | None = None  # of the token after what was read
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not read yet."""
+        return len(self.tokens) - self.cache.length
+
+    @torch.inference_mode()
+    def go_on(self, most: int) -> None:
+        """Read up to so many more tokens."""
+        part = self.tokens[self.cache.length : self.cache.length + most]
+        read = torch.tensor([part], device=self.model.embedding.weight.device)
+        self.logits = self.model(read, cache=self.cache, reduce=_of_last)
+
+
 class Engine:
     """Rows that are generated side by side; they come and go between steps.
 
@@ -53,15 +75,23 @@ class Engine:
         self._cache: KVCache | None = None
         self._logits: Float[Tensor, "b v"] | None = None  # of each row's next token
 
-    def add(self, prompt: Sequence[int], settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None) -> None:
-        """Rows with one prompt, which is read once. Of a prompt longer than the context the end is read. `top`: as a row's.
-        Raises ConfigError for an empty prompt."""
+    def add(
+        self,
+        prompt: Sequence[int],
+        settings: Sequence[Sampling],
+        numbers: Sequence[int],
+        *,
+        top: int | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        """Rows with one prompt, which is read once, unless `reading` has read it. Of a prompt longer than the context the end is read.
+        `top`: as a row's. Raises ConfigError for an empty prompt."""
         if not len(prompt):
             raise ConfigError("the prompt is empty; give at least one character")
         top = 0 if top is None and self.logprobs else top
         for number, own in zip(numbers, settings, strict=True):
             self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed), top=top))
-        self._join(*self._read(list(prompt)[-self.context :], len(settings)))
+        self._join(*self._read(reading or Reading(self.model, prompt), len(settings)))
 
     def step(self) -> list[Made]:
         """The next token of every row. Rows whose `done` was set, or that have all their tokens, are gone afterwards."""
@@ -111,7 +141,7 @@ class Engine:
                 self._feed()
             for row in rows:
                 self.rows.append(row)
-                self._join(*self._read(row.tokens[-max(1, self.context // 2) :], 1))
+                self._join(*self._read(Reading(self.model, row.tokens[-max(1, self.context // 2) :]), 1))
             return
         self._feed()
 
@@ -133,13 +163,13 @@ class Engine:
         self._logits = self.model(newest, cache=self._cache, reduce=_of_last)
 
     @torch.inference_mode()
-    def _read(self, tokens: Sequence[int], copies: int) -> tuple[KVCache, Tensor]:
-        cache = self.model.new_cache(1, self.context)
-        read = torch.tensor([list(tokens)], device=self._device)
-        logits = self.model(read, cache=cache, reduce=_of_last)
+    def _read(self, reading: Reading, copies: int) -> tuple[KVCache, Tensor]:
+        if reading.left:
+            reading.go_on(reading.left)
+        assert reading.logits is not None
         if copies > 1:
-            cache.select([0] * copies)
-        return cache, logits.expand(copies, -1)
+            reading.cache.select([0] * copies)
+        return reading.cache, reading.logits.expand(copies, -1)
 
     def _join(self, cache: KVCache, logits: Tensor) -> None:
         if self._cache is None or self._logits is None:

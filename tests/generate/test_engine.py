@@ -9,7 +9,7 @@ from torch import Tensor
 from gptlab import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import components, load_components
-from gptlab.generate.engine import Engine, Made, generate
+from gptlab.generate.engine import Engine, Made, Reading, generate
 from gptlab.generate.sampling import Sampling
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer, new_model
@@ -55,6 +55,22 @@ def test_greedy_texts_side_by_side_are_those_of_the_full_forward_pass(part: str)
     made = model(part)
     found = by_rows(list(generate(made, PROMPTS, Sampling(max_tokens=10, temperature=0))))
     assert found == {i: likeliest(made, prompt, 10) for i, prompt in enumerate(PROMPTS)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_prompt_read_in_pieces_is_the_prompt(part: str) -> None:
+    made, prompt = model(part), [i * 7 % VOCABULARY for i in range(17)]
+    reading = Reading(made, prompt)
+    for piece in (1, 5, 7, 9):
+        reading.go_on(piece)
+    assert reading.left == 0
+    engine = Engine(made)
+    engine.add(prompt, [Sampling(max_tokens=5, temperature=0)], [0], reading=reading)
+    found: list[int] = []
+    while engine.rows:
+        found += [one.token for one in engine.step()]
+        engine.advance()
+    assert found == likeliest(made, prompt, 5)
 
 
 def test_a_full_row_forgets_its_older_half_and_the_others_are_none_the_wiser() -> None:

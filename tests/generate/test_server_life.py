@@ -67,6 +67,28 @@ def test_running_texts_are_not_held_up_by_many_that_join(monkeypatch: pytest.Mon
     assert max(after - before for before, after in itertools.pairwise(joined)) == 1
 
 
+def test_a_long_prompt_is_read_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptlab.generate.server import scheduler
+
+    monkeypatch.setattr(scheduler, "READ_AT_ONCE", 4)
+    model = served(slow=0.002)
+    read: list[int] = []
+    step = scheduler.Scheduler._step
+
+    def noted(self: Any) -> None:
+        if self._reading is not None:
+            read.append(self._reading[1].left)
+        step(self)
+
+    monkeypatch.setattr(scheduler.Scheduler, "_step", noted)
+    with serving(model) as address, streaming(address):
+        assert post(address, prompt="a prompt of 26 characters.").status_code == 200
+        assert read == [22, 18, 14, 10, 6, 2]  # a step of the other after each piece
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/completions", json=LONG | {"prompt": "x" * 30}, timeout=0.05)
+        until(lambda: model.scheduler.running == 1 and model.scheduler._reading is None, 3)
+
+
 def test_a_client_that_leaves_frees_its_place_whether_it_streams_or_waits() -> None:
     model = served(rows=1, slow=0.002)
     with serving(model) as address:

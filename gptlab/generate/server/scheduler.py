@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.generate.engine import Engine, Made
+from gptlab.generate.engine import Engine, Made, Reading
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.server.errors import Refused
 from gptlab.generate.text import TextStream
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer
 
-READ_AT_ONCE = 512  # tokens of new prompts between two steps, so that running texts do not wait long for those that join
+READ_AT_ONCE = 256  # tokens of new prompts between two steps, so that running texts do not wait long for those that join
 MOST_ROWS = 32
 SMALL = 20_000_000  # parameters, below which one core is faster than two that wait for each other at every operation
 CACHE_BYTES = 2 << 30  # that the rows' keys and values may take, unless the number of rows is given
@@ -92,8 +92,9 @@ class _Job:
 class Scheduler:
     """Makes texts with one model, in a thread of its own.
 
-    Requests wait in a queue of bounded length, and join in the order they came: at most `READ_AT_ONCE` tokens of new prompts are read
-    between two steps of the running texts (at least one prompt), as long as there are fewer than `rows` texts. `threads`: cores of a step.
+    Requests wait in a queue of bounded length, and join in the order they came, as long as there are fewer than `rows` texts: at most
+    `READ_AT_ONCE` tokens of new prompts are read between two steps of the running texts, of a longer prompt a piece at a time.
+    `threads`: cores of a step.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Scheduler:
         self._engine = Engine(model)
         self._waiting: deque[_Job] = deque()
         self._of: dict[int, tuple[_Job, int]] = {}  # which text of which request a row is
+        self._reading: tuple[_Job, Reading] | None = None  # the prompt that is being read
         self._numbers = 0
         self._wake = threading.Condition()
         self._closing = False
@@ -152,7 +154,7 @@ class Scheduler:
         torch.set_num_threads(self.threads)  # of this thread
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._waiting or self._engine.rows)
+                self._wake.wait_for(lambda: self._closing or self._waiting or self._reading or self._engine.rows)
                 if self._closing:
                     break
             try:
@@ -165,23 +167,39 @@ class Scheduler:
         self._fail(Refused(503, GONE), waiting=True)
 
     def _admit(self) -> None:
-        """Read the prompts of those that wait longest, as far as there is room."""
-        read = 0
-        while True:
-            with self._wake:
-                while self._waiting and self._waiting[0].reply.cancelled:
-                    self._waiting.popleft()
-                if not self._waiting or len(self._engine.rows) + len(self._waiting[0].ask.settings) > self.rows:
-                    return
-                tokens = min(len(self._waiting[0].ask.prompt), self._engine.context)
-                if read and read + tokens > READ_AT_ONCE:
-                    return
-                job = self._waiting.popleft()
-            read += tokens
+        """Read the prompts of those that wait longest, as far as there is room; of a long one a piece."""
+        left = READ_AT_ONCE
+        while left > 0:
+            if self._reading is None:
+                self._reading = self._next(whole=None if left == READ_AT_ONCE else left)
+            if self._reading is None:
+                return
+            job, reading = self._reading
+            if job.reply.cancelled:
+                self._reading = None
+                continue
+            before = reading.left
+            reading.go_on(left)
+            left -= before - reading.left
+            if reading.left:
+                return
             numbers = range(self._numbers, self._numbers + len(job.ask.settings))
             self._numbers += len(numbers)
             self._of |= {number: (job, i) for i, number in enumerate(numbers)}
-            self._engine.add(job.ask.prompt, job.ask.settings, numbers, top=job.ask.top)
+            self._reading = None
+            self._engine.add(job.ask.prompt, job.ask.settings, numbers, top=job.ask.top, reading=reading)
+
+    def _next(self, *, whole: int | None) -> tuple[_Job, Reading] | None:
+        """The job that waits longest, if there is room for its texts; with `whole` only if its prompt has no more tokens than that."""
+        with self._wake:
+            while self._waiting and self._waiting[0].reply.cancelled:
+                self._waiting.popleft()
+            if not self._waiting or len(self._engine.rows) + len(self._waiting[0].ask.settings) > self.rows:
+                return None
+            if whole is not None and min(len(self._waiting[0].ask.prompt), self._engine.context) > whole:
+                return None
+            job = self._waiting.popleft()
+        return job, Reading(self.model, job.ask.prompt)
 
     def _step(self) -> None:
         arrived: dict[Reply, list[Event]] = {}
@@ -204,6 +222,9 @@ class Scheduler:
             with self._wake:
                 jobs |= set(self._waiting)
                 self._waiting.clear()
+        if self._reading is not None:
+            jobs.add(self._reading[0])
+            self._reading = None
         self._of.clear()
         self._engine = Engine(self.model)
         _tell([(reply, [], why) for reply in {job.reply for job in jobs}])
