@@ -11,6 +11,7 @@ import typer
 
 from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
 from gptlab.cli.commands import bench_app, chat, data_app, serve
+from gptlab.cli.exchange import export_model, import_model
 from gptlab.config.errors import GptlabError
 
 app = typer.Typer(
@@ -348,20 +349,8 @@ def runs_fetch(
     fetch(url, all_checkpoints=all_checkpoints, force=force)
 
 
-@app.command()
-def export(
-    run: RunArgument,
-    to: Annotated[str, typer.Option(help="The format: safetensors.")] = "safetensors",
-    output: Annotated[Path | None, typer.Option(help="Unless named: the run's folder name, here.", metavar="FILE")] = None,
-    checkpoint: CheckpointOption = "latest",
-    weights: WeightsOption = "default",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
-) -> None:
-    """Write a run to one file, its config and tokeniser inside."""
-    from gptlab.cli.runs import export as write
-
-    write(run, to=to, output=output, which=checkpoint, weights=weights, dtype=dtype, force=force)
+app.command("import")(import_model)
+app.command("export")(export_model)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import ModelConfig
+from gptlab.generate import native
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.weights import for_generation
@@ -74,6 +75,7 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
         "prompt_tokens": PROMPT,
         "top_k": TOP_K,
         "memory_limit": limit,
+        "native": device.type == "cpu" and precision != "fp32" and native.available(),
         "note": note,
         "rows": [_row(batch, by_name, limit) for batch, by_name in found.items()],
     }

@@ -100,6 +100,10 @@ def show_run(reference: str) -> None:
         place = f" ({noted['study']}/{noted['name']})" if noted else ""
         identity, _, step = config.trainer.start.partition("@")
         say(f"began at step {step} of {identity}{place}; its steps, tokens and seconds count those before")
+    if parent := run.read("parent.json"):
+        say(f"began with the weights of step {parent['step']} of {parent['run']} ({parent['study']}/{parent['name']})")
+    if came := run.read("imported.json"):
+        say(f"imported from {came['source']} ({came['kind']})" + (f", commit {came['commit']}" if came.get("commit") else ""))
     done, failed, environment = run.read("done.json"), run.read("failed.json"), run.read("environment.json") or {}
     if done:
         say(f"done {done['finished']} by gptlab sources {done['source']}")
@@ -283,14 +287,3 @@ def _print_checked(run: Run, state: str, found: list[_Checked], files: dict[str,
     console.print(shown)
     for note in notes:
         say((f"note: {note}", "yellow"))
-
-
-def export(reference: str, *, to: str, output: Path | None, which: str, weights: str, dtype: str, force: bool) -> None:
-    """Write a run to one file, and say what is in it."""
-    from gptlab.runner.export import export as write
-
-    made = write(find_run(reference), output, to=to, which=which, weights=weights, dtype=dtype, force=force)
-    loss = f", val {made.loss:.4f}" if made.loss is not None else ""
-    loss += f" (of step {made.loss_step:,})" if made.loss_step not in (None, made.step) else ""
-    average = " (an average)" if made.weights == "average" else ""
-    say((str(made.file), "bold"), f"  {made.parameters:,} parameters{average} in {dtype}, {decimal(made.bytes)}, step {made.step:,}{loss}")

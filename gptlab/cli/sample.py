@@ -15,7 +15,7 @@ from gptlab.data.tokenizer import digest, to_json
 from gptlab.generate.beam import beam_search
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.speculative import Draft, Lookup, Proposer
-from gptlab.generate.text import Completion, TextStream, complete
+from gptlab.generate.text import Completion, TextStream, complete, prompt_ids
 from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
@@ -97,7 +97,7 @@ def _best(loaded: Loaded, prompts: list[str], beams: int, samples: int, max_toke
         raise ConfigError(f"--samples {samples}: a search with --beams {beams} has no more than that many texts")
     tokenizer = loaded.tokenizer
     for prompt in prompts:
-        ids = [int(token) for token in tokenizer.encode(prompt)]
+        ids = prompt_ids(tokenizer, prompt)
         found = beam_search(loaded.model, ids, beams=beams, max_tokens=max_tokens, end=tokenizer.end_of_text)[:samples]
         for one in found:
             if len(prompts) * samples > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, cast
 
@@ -33,6 +33,16 @@ _NAMELESS = ("study", "name", "arm", "tracker", "hardware.device", "hardware.thr
              "hardware/strategy", "hardware.strategy", "trainer.log_every", "trainer.on_nonfinite", "trainer.max_passed",
              "trainer.log_spikes", "trainer.time_limit", "trainer.resume", "trainer.profile", "trainer.mirror",
              "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
+
+
+Inherit = Callable[[Config, Sequence[str]], Config]
+_INHERIT: list[Inherit] = []
+
+
+def inherits(function: Inherit) -> Inherit:
+    """Let `function` complete what was composed with what lies on disk: the runner knows of runs, this package does not."""
+    _INHERIT[:] = [function]
+    return function
 
 
 def prepare() -> None:
@@ -107,6 +117,8 @@ def to_config(composed: DictConfig, overrides: Sequence[str], *, name: str | Non
         if extra is None:
             raise
         raise ConfigError(wrong_key(*extra)) from error
+    for inherit in _INHERIT:
+        config = inherit(config, overrides)
     if config.model.dial and any(o.lstrip("+").startswith("optimizer.learning_rate=") for o in overrides):
         config.model.dial = "sizes"  # a rate that is given wins, though it be the default
     for path, options in options_in(config):

@@ -31,7 +31,7 @@ ENTRY_POINTS = "gptlab.components"
 BUILTIN = (
     *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "experts", "block")),
     *(f"gptlab.model.{m}" for m in ("input", "stream", "value", "gate", "head", "init", "parametrisation")),
-    *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe")),
+    *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe", "huggingface", "tokenizer_file")),
     "gptlab.hardware.checkpointing",
     "gptlab.hardware.strategy",
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),
@@ -45,6 +45,7 @@ BUILTIN = (
     "gptlab.runner.averages",
     "gptlab.runner.diagnostics",
     "gptlab.runner.reference",
+    "gptlab.runner.inherit",
 )
 
 

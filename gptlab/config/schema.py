@@ -115,6 +115,7 @@ class TrainerConfig:
     time_limit: str = ""  # of a session: 11h30min; then a checkpoint, and exit 75
     resume: str = "latest"  # from which of its checkpoints a run goes on: latest, a step, or its folder
     start: str = ""  # RUN@STEP: another run's checkpoint (a step, best or latest) that this one goes on from
+    init_from: str = ""  # RUN[@STEP]: begin with another run's weights and tokeniser; the model is its, but for what the overrides change
     profile: str = ""  # steps of a session that torch.profiler records: 20, or 20-25; written to the run's folder profile/
     mirror: str = ""  # an fsspec address that finished checkpoints and metrics are copied to: a folder, s3://…, gs://…, hf://…
 

@@ -106,7 +106,7 @@ class BPETokenizer:
 
     def encode(self, text: str) -> Ids:
         """Token ids of a text, without holding the GIL; special tokens are plain text, lone surrogates become U+FFFD."""
-        ids: Ids = self._trained.encode_to_numpy(_valid(text), disallowed_special=())
+        ids: Ids = self._trained.encode_to_numpy(valid(text), disallowed_special=())
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -166,7 +166,7 @@ def _package(trainer: str) -> ModuleType:
         ) from error
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     """The text with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD; pairs of them become their character."""
     try:
         text.encode("utf-8")
@@ -185,7 +185,7 @@ class _Limited:
         for text in self.texts:
             part = text[: self.characters - self.read]
             self.read += len(part)
-            yield _valid(part)
+            yield valid(part)
             if self.read >= self.characters:
                 return
 

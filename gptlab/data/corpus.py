@@ -54,6 +54,19 @@ def file_key(file: Path) -> list[Any]:
     return [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
 
+@register("data/corpus", "none")
+class NoText:
+    """No text: of a run whose weights came from elsewhere. What needs a text asks for one."""
+
+    name = "none"
+
+    def fingerprint(self) -> dict[str, Any]:
+        raise ConfigError("data/corpus=none has no text; choose one, as data=pydocs or data/corpus=text data.corpus.path=FILE")
+
+    def pieces(self) -> Iterator[Piece | tuple[str, bool]]:
+        raise ConfigError("data/corpus=none has no text")
+
+
 @register("data/corpus", "text")
 class Text:
     """Your own files: a file, a folder or a glob of .txt, .md, .jsonl, .parquet and .csv, plain or .gz or .zst.

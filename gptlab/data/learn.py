@@ -17,6 +17,7 @@ from gptlab.data.pipeline import Section, pieces_from, read_section
 from gptlab.data.reader import read_file
 from gptlab.data.shard import write_json_safely
 from gptlab.data.tokenizer import Tokenizer, to_json
+from gptlab.data.tokenizer_file import given
 
 Report = Callable[[str, int, int | None], None]  # source, characters done, characters in all
 
@@ -24,11 +25,14 @@ Report = Callable[[str, int, int | None], None]  # source, characters done, char
 def learned_tokenizer(
     config: DataConfig, sources: Mapping[str, Corpus], extra: Mapping[str, list[Path]], *, shared: bool, report: Report
 ) -> dict[str, Any] | None:
-    """The fitted tokeniser of a config as JSON data, from $GPTLAB_HOME/tokenizers or learned now.
+    """The fitted tokeniser of a config as JSON data: the one it names, or from $GPTLAB_HOME/tokenizers, or learned now.
 
     None where the tokeniser is fitted to one corpus while that is read anyway. A tokeniser with `learns` is trained on a sample of the
     training text, equally long from each source; any other (`shared`: among several sources) sees all of the text.
     """
+    ready = given(config)
+    if ready is not None:
+        return ready
     tokenizer: Tokenizer = build(config.tokenizer)
     sampled = bool(getattr(tokenizer, "learns", False))
     if not sampled and tokenizer.vocabulary == 0 and any(hasattr(corpus, "held_out_characters") for corpus in sources.values()):

@@ -26,6 +26,7 @@ from gptlab.data.prepared import MANIFEST, PROGRESS, TOKENIZER, Prepared, open_p
 from gptlab.data.shard import write_json
 from gptlab.data.synthetic import Task
 from gptlab.data.tokenizer import Tokenizer, from_json, to_json
+from gptlab.data.tokenizer_file import given
 from gptlab.data.work import POLL_SECONDS, Progress, Report, Work, dtype_of, key_of, manifest_of
 
 __all__ = ["Progress", "Report", "prepare"]
@@ -86,9 +87,10 @@ def find_prepared(config: DataConfig) -> Prepared | None:
         return None
     extra = validation_files(config)
     tokenizer: Tokenizer = build(config.tokenizer)
-    if learns := getattr(tokenizer, "learns", False) or isinstance(corpus, Mix):
+    ready = given(config) is not None
+    if learns := ready or getattr(tokenizer, "learns", False) or isinstance(corpus, Mix):
         file = tokenizer_file(config, sources, {} if getattr(tokenizer, "learns", False) else extra)
-        if not file.is_file():
+        if not ready and not file.is_file():
             return None
     learned = learned_tokenizer(config, sources, extra, shared=isinstance(corpus, Mix), report=lambda *_: None) if learns else None
     work = Work(config, config.corpus, corpus, learned, extra, lambda _: None, 1)

@@ -146,6 +146,7 @@ class TiktokenTokenizer:
             ) from error
         self.vocabulary = self._encoding.n_vocab
         self.end_of_text: int | None = self._encoding.eot_token
+        self.special = dict(self._encoding._special_tokens)  # ids that `encode` never gives
 
     def fit(self, texts: Iterable[str]) -> None:
         """Nothing to learn."""
@@ -159,7 +160,7 @@ class TiktokenTokenizer:
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
         found = np.zeros(self.vocabulary, np.int64)
-        special = self._encoding._special_tokens.values()
+        special = self.special.values()
         for token in range(self.vocabulary):
             if token not in special:
                 with contextlib.suppress(KeyError):  # some ids of o200k stand for nothing

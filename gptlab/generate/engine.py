@@ -14,6 +14,8 @@ from gptlab.generate.sampling import Sampling, draw
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer
 
+READ = 4096  # tokens of prompts that are read at a time: more are no faster, and take more memory
+
 
 @dataclass(frozen=True)
 class Made:
@@ -76,22 +78,42 @@ class Engine:
         self._logits: Float[Tensor, "b v"] | None = None  # of each row's next token
 
     def add(
-        self,
-        prompt: Sequence[int],
-        settings: Sequence[Sampling],
-        numbers: Sequence[int],
-        *,
-        top: int | None = None,
-        reading: Reading | None = None,
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None
     ) -> None:
-        """Rows with one prompt, which is read once, unless `reading` has read it. Of a prompt longer than the context the end is read.
-        `top`: as a row's. Raises ConfigError for an empty prompt."""
-        if not len(prompt):
+        """Rows, the same count of each prompt, which is read once. Of a prompt longer than the context the end is read.
+
+        Prompts of one length are read side by side, up to READ tokens at a time. `top`: as a row's. Raises ConfigError for an empty one.
+        """
+        if not all(len(prompt) for prompt in prompts):
             raise ConfigError("the prompt is empty; give at least one character")
-        top = 0 if top is None and self.logprobs else top
+        copies = len(settings) // max(1, len(prompts))
+        assert len(settings) == len(numbers) == copies * len(prompts)
+        by_length: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            by_length.setdefault(min(len(prompt), self.context), []).append(i)
+        for length, alike in by_length.items():
+            most = max(1, READ // length)
+            for part in (alike[start : start + most] for start in range(0, len(alike), most)):
+                for i in part:
+                    for n in range(i * copies, (i + 1) * copies):
+                        self._begin(prompts[i], settings[n], numbers[n], top)
+                self._join(*self._read([prompts[i][-length:] for i in part], copies))
+
+    def take(
+        self, prompt: Sequence[int], reading: Reading, settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None
+    ) -> None:
+        """Rows with one prompt that was read, to its end, by `reading`. `top`: as a row's."""
+        assert reading.logits is not None
+        assert not reading.left
         for number, own in zip(numbers, settings, strict=True):
-            self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed), top=top))
-        self._join(*self._read(reading or Reading(self.model, prompt), len(settings)))
+            self._begin(prompt, own, number, top)
+        if len(settings) > 1:
+            reading.cache.select([0] * len(settings))
+        self._join(reading.cache, reading.logits.expand(len(settings), -1))
+
+    def _begin(self, prompt: Sequence[int], own: Sampling, number: int, top: int | None) -> None:
+        top = 0 if top is None and self.logprobs else top
+        self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed), top=top))
 
     def step(self) -> list[Made]:
         """The next token of every row. Rows whose `done` was set, or that have all their tokens, are gone afterwards."""
@@ -141,7 +163,7 @@ class Engine:
                 self._feed()
             for row in rows:
                 self.rows.append(row)
-                self._join(*self._read(Reading(self.model, row.tokens[-max(1, self.context // 2) :]), 1))
+                self._join(*self._read([row.tokens[-max(1, self.context // 2) :]]))
             return
         self._feed()
 
@@ -163,13 +185,13 @@ class Engine:
         self._logits = self.model(newest, cache=self._cache, reduce=_of_last)
 
     @torch.inference_mode()
-    def _read(self, reading: Reading, copies: int) -> tuple[KVCache, Tensor]:
-        if reading.left:
-            reading.go_on(reading.left)
-        assert reading.logits is not None
+    def _read(self, texts: Sequence[Sequence[int]], copies: int = 1) -> tuple[KVCache, Tensor]:
+        cache = self.model.new_cache(len(texts), self.context)
+        read = torch.tensor([list(text) for text in texts], device=self._device)
+        logits = self.model(read, cache=cache, reduce=_of_last)
         if copies > 1:
-            reading.cache.select([0] * copies)
-        return reading.cache, reading.logits.expand(copies, -1)
+            cache.select([i for i in range(len(texts)) for _ in range(copies)])
+        return cache, logits.repeat_interleave(copies, 0)
 
     def _join(self, cache: KVCache, logits: Tensor) -> None:
         if self._cache is None or self._logits is None:
@@ -212,9 +234,7 @@ def generate(
     model.eval()
     try:
         engine = Engine(model, logprobs=logprobs)
-        for i, prompt in enumerate(prompts):
-            numbers = range(i * samples, (i + 1) * samples)
-            engine.add(prompt, [settings[n] for n in numbers], numbers)
+        engine.add(prompts, settings, range(len(settings)))
         while engine.rows:
             for row, made in zip(list(engine.rows), engine.step(), strict=True):
                 if made.token == end:

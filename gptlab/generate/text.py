@@ -29,7 +29,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens)
+        text = self._decoded()
         # A character has at most four bytes: what is still broken after four tokens is no character at all.
         if text.endswith(BROKEN) and len(self._tokens) < 4:
             return ""
@@ -40,10 +40,18 @@ class TextStream:
         """What was held back, when nothing more comes."""
         if self.stopped:
             return ""
-        rest = self._let_go(self._held + (self._tokenizer.decode(self._tokens) if self._tokens else ""))
+        rest = self._let_go(self._held + (self._decoded() if self._tokens else ""))
         rest, self._held = rest + self._held, ""
         self._tokens.clear()
         return rest
+
+    def _decoded(self) -> str:
+        """The text of the tokens in hand. By their bytes, where the tokeniser tells them: some take the first of any tokens for the
+        beginning of a text, and its space away."""
+        token_bytes = getattr(self._tokenizer, "token_bytes", None)
+        if token_bytes is None:
+            return self._tokenizer.decode(self._tokens)
+        return b"".join(token_bytes(token) for token in self._tokens).decode("utf-8", errors="replace")
 
     def _let_go(self, text: str) -> str:
         found = min((place for stop in self._stop if (place := text.find(stop)) >= 0), default=None)
@@ -96,7 +104,7 @@ def complete(
         if text:
             streamed(completion, text)
 
-    encoded = [[int(token) for token in tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if proposer is not None:
         for one, stream in zip(found, streams, strict=True):
             own = replace(settings, seed=settings.seed + one.sample)
@@ -120,6 +128,12 @@ def complete(
     for one, stream in zip(found, streams, strict=True):
         _end(one, stream, settings, tell)
     return found
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt, behind that which an imported model may expect before every text."""
+    begin = getattr(tokenizer, "begin_of_text", None)
+    return [*([] if begin is None else [begin]), *(int(token) for token in tokenizer.encode(prompt))]
 
 
 def _end(one: Completion, stream: TextStream, settings: Sampling, tell: Callable[[Completion, str], None]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 NEVER = 1 << 30  # the place of a slot that holds nothing: later than every query's
+ROOM = 128  # tokens for which there is memory at first
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Seen:
 
 
 class KVCache:
-    """Preallocated keys (already rotated) and values of every layer. Rows may be of different length.
+    """Keys (already rotated) and values of every layer. Rows may be of different length.
 
-    A layer with a sliding window keeps that many tokens and writes over the oldest; another holds `capacity`. The Transformer calls
-    `advance` once after each forward pass; each attention calls `update` within it.
+    A layer with a sliding window keeps that many tokens and writes over the oldest; another holds `capacity`. Memory for so many is taken
+    as it is needed, twice as much each time: to clear, copy and join what a short text never fills takes longer than to make its tokens.
+    The Transformer calls `advance` once after each forward pass; each attention calls `update` within it.
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class KVCache:
     ) -> None:
         self.capacity = capacity
         self.sizes = [min(capacity, window or capacity) for window in windows or [None] * layers]
-        self.keys = [torch.zeros(batch, kv_heads, size, head_width, device=device, dtype=dtype) for size in self.sizes]
+        self._room = min(capacity, ROOM)
+        shapes = [(batch, kv_heads, min(size, self._room), head_width) for size in self.sizes]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.last: Tensor | None = None  # (b, 1, d): the last token as `model/input=smear` left it for the next one
         self.lengths = [0] * batch
@@ -61,6 +66,12 @@ class KVCache:
         """Whether all rows are equally long."""
         return min(self.lengths) == max(self.lengths)
 
+    @property
+    def bytes_when_full(self) -> int:
+        """Of all rows, when each has `capacity` tokens."""
+        held = zip(self.sizes, self.keys, strict=True)
+        return sum(2 * size * keys.shape[0] * keys.shape[1] * keys.shape[3] * keys.element_size() for size, keys in held)
+
     def order(self, tokens: int) -> Int[Tensor, "b t"]:
         """The places in their rows of so many tokens that come next; (1, t) where the rows are equally long."""
         starts = self.lengths[:1] if self.even else self.lengths
@@ -71,18 +82,21 @@ class KVCache:
 
         Raises ValueError where a row would be longer than the capacity.
         """
-        tokens, size = k.shape[2], self.sizes[layer]
-        if self.length + tokens > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, not {self.length + tokens}")
+        tokens, size, length = k.shape[2], self.sizes[layer], self.length
+        if length + tokens > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {length + tokens}")
+        if length + tokens > self._room:
+            self._reserve(max(length + tokens, 2 * self._room))
         keys, values = self.keys[layer], self.values[layer]
-        if not self.length:
+        if not length:
             self._store(layer, k, v)
             return Seen(k, v, None, tokens == 1)
         if tokens == 1:  # the newest takes the place of one that no window reaches any more
             self._store(layer, k, v)
-            held = min(size, self.length + 1)
-            return Seen(keys[:, :, :held], values[:, :, :held], self._held(size, 1)[:, :held], self.even)
-        held, places = min(size, self.length), self._held(size, 0)[:, : min(size, self.length)]
+            held = min(size, length + 1)
+            return Seen(keys.narrow(2, 0, held), values.narrow(2, 0, held), self._held(size, 1)[:, :held], self.even)
+        held = min(size, length)
+        places = self._held(size, 0)[:, :held]
         new = self.order(tokens)
         rows = max(len(places), len(new))
         seen = Seen(
@@ -94,6 +108,12 @@ class KVCache:
         self._store(layer, k, v)
         return seen
 
+    def _reserve(self, tokens: int) -> None:
+        """Have memory for so many tokens, or for `capacity`."""
+        self._room = min(self.capacity, tokens)
+        for kept in (self.keys, self.values):
+            kept[:] = [F.pad(t, (0, 0, 0, min(size, self._room) - t.shape[2])) for size, t in zip(self.sizes, kept, strict=True)]
+
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         size, tokens = self.sizes[layer], k.shape[2]
         kept = min(tokens, size)
@@ -101,6 +121,9 @@ class KVCache:
             if self.even:
                 start = (self.lengths[0] + tokens - kept) % size
                 first = min(kept, size - start)
+                if first == tokens:  # all of it, in one piece: what every new token does, which slices as below would slow down
+                    target.narrow(2, start, tokens).copy_(source)
+                    continue
                 target[:, :, start : start + first] = source[:, :, tokens - kept : tokens - kept + first]
                 if first < kept:
                     target[:, :, : kept - first] = source[:, :, tokens - kept + first :]
@@ -138,6 +161,9 @@ class KVCache:
         """Append another cache's rows. Raises ValueError where its layers are of other sizes."""
         if self.sizes != other.sizes:
             raise ValueError("caches of different sizes cannot be joined")
+        room = max(self._room, other._room)
+        self._reserve(room)
+        other._reserve(room)
         self.keys, self.values = (
             [torch.cat(pair) for pair in zip(ours, theirs, strict=True)]
             for ours, theirs in ((self.keys, other.keys), (self.values, other.values))

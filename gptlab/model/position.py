@@ -100,9 +100,13 @@ class Rotary(Position):
         self.base, self.head_width = base, head_width
         self._tabulate(context_length, None, torch.float32)
 
-    def _tabulate(self, length: int, device: torch.device | None, dtype: torch.dtype) -> None:
+    def frequency(self, device: torch.device | None) -> Float[Tensor, " half"]:
+        """How far each pair turns from one token to the next, in radians."""
         half = self.head_width // 2
-        frequency = self.base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+        return self.base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+
+    def _tabulate(self, length: int, device: torch.device | None, dtype: torch.dtype) -> None:
+        frequency = self.frequency(device)
         angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
         # (length, head width): both halves turn by the same angles, as in Llama's layout
         self.register_buffer("cos", torch.cat((angle, angle), -1).cos().to(dtype), persistent=False)
@@ -120,6 +124,39 @@ class Rotary(Position):
             return _turn(q, cos, sin), _turn(k, cos, sin)
         turned: tuple[Tensor, Tensor] = _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)  # type: ignore[no-untyped-call]
         return turned
+
+
+@register("model/position", "rotary_stretched")
+class StretchedRotary(Rotary):
+    """Rotary positions stretched to a longer context, as in Llama 3.1 (2024): what turns slowly turns `factor` times more slowly.
+
+    Pairs that turned less than `low` times within `trained` tokens are stretched, those that turned more than `high` times stay, and
+    between the two it goes over evenly.
+    """
+
+    def __init__(
+        self,
+        head_width: int,
+        context_length: int,
+        *,
+        base: float = 500_000.0,
+        factor: float = 8.0,
+        low: float = 1.0,
+        high: float = 4.0,
+        trained: int = 8192,
+    ) -> None:
+        if factor < 1 or trained < 1 or not 0 < low < high:
+            raise ConfigError(
+                f"model/position=rotary_stretched needs factor >= 1, trained >= 1, 0 < low < high, not {factor}, {trained}, {low}, {high}"
+            )
+        self.factor, self.low, self.high, self.trained = factor, low, high, trained
+        super().__init__(head_width, context_length, base=base)
+
+    def frequency(self, device: torch.device | None) -> Float[Tensor, " half"]:
+        plain = super().frequency(device)
+        turns = self.trained * plain / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return plain * (kept + (1 - kept) / self.factor)
 
 
 def _turn(x: Float[Tensor, "b h t k"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h t k"]:

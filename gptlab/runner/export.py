@@ -27,7 +27,6 @@ from gptlab.runner import checkpoint
 from gptlab.runner.averages import load_weights
 from gptlab.runner.run import Run
 
-FORMATS = ("safetensors",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARK, VERSION, HASH = "gptlab_export", "1", "sha256"  # keys of the header's metadata: what it is, and the hash of all the rest
 REQUIRED = ("config", "tokenizer", "step", HASH)
@@ -50,7 +49,6 @@ def export(
     run: Run,
     file: Path | None = None,
     *,
-    to: str = "safetensors",
     which: str = "latest",
     weights: str = "default",
     dtype: str = "fp32",
@@ -62,11 +60,9 @@ def export(
     Raises ConfigError for a setting that means nothing or a file that is there already (unless `force`), CheckpointError when the
     checkpoint is not usable, IOFailure when the file cannot be written; nothing half-made stays.
     """
-    if to not in FORMATS:
-        raise ConfigError(f"--to {to}: there is {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}")
-    file = file or Path(f"{run.directory.resolve().name}.{to}")
+    file = file or Path(f"{run.directory.resolve().name}.safetensors")
     if file.is_dir():
         raise ConfigError(f"--output {file} is a folder; name a file in it")
     if file.exists() and not force:
@@ -77,7 +73,7 @@ def export(
     tokenizer = _tokenizer(run)
     held, tensors, metric = load_weights(chosen, weights)
     parameters = _parameters(config, int(tokenizer["vocabulary"]), tensors, chosen)
-    tensors = {name: _cast(name, weight, dtype) for name, weight in tensors.items()}
+    tensors = {name: cast(name, weight, dtype) for name, weight in tensors.items()}
     step = checkpoint.step_of(chosen)
     measured = [(int(m["step"]), float(m[metric])) for m in run.metrics() if metric in m and int(m["step"]) <= step]
     loss_step, loss = measured[-1] if measured else (None, None)
@@ -110,7 +106,7 @@ def _parameters(config: Config, vocabulary: int, weights: Mapping[str, Tensor], 
     return sum(p.numel() for p in model.parameters())
 
 
-def _cast(name: str, weight: Tensor, dtype: str) -> Tensor:
+def cast(name: str, weight: Tensor, dtype: str) -> Tensor:
     if not weight.is_floating_point():
         return weight
     made = weight.to(DTYPES[dtype])

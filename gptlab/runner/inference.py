@@ -47,8 +47,7 @@ class Inference(Callback):
         context = trained.config.context_length
         batch = next(held_out_batches(trainer.data, "val", context, 0, self.rows))
         prompts = batch.inputs[: self.rows, : max(1, min(PROMPT, context // 4))].tolist()
-        cache = trained.new_cache(1, context)
-        found: Metrics = {"inference/cache_bytes": sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))}
+        found: Metrics = {"inference/cache_bytes": trained.new_cache(1, context).bytes_when_full}
         for precision in PRECISIONS:
             if precision == "bf16" and trainer.device.type == "cpu" and not cpu_multiplies_bf16():
                 continue

@@ -27,7 +27,7 @@ from gptlab.hardware.device import device_memory, is_out_of_memory, machine, pea
 from gptlab.hardware.load import OtherLoad
 from gptlab.hardware.world import ElsewhereFailed, World
 from gptlab.model.transformer import meta_model
-from gptlab.runner import branch, checkpoint
+from gptlab.runner import branch, checkpoint, inherit
 from gptlab.runner.environment import environment, source_hash
 from gptlab.runner.guard import BATCHES
 from gptlab.runner.log import Log, memory_advice
@@ -231,6 +231,8 @@ def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin
         say(("no checkpoint is whole: the run begins anew", "yellow"))
     if origin and not trainer.state.step:
         branch.begin(trainer, origin)
+    elif config.trainer.init_from and not trainer.state.step:
+        inherit.begin(trainer)
     _announce(trainer, title)
     if not world.first:
         with RunProgress(title, trainer.steps) as progress, contextlib.closing(trainer.writer):

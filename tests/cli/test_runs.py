@@ -336,7 +336,7 @@ def test_export_says_what_it_wrote_and_replaces_nothing_unasked(
 def test_wrong_export_settings_are_told(gptlab: Command, run: Run, tmp_path: Path) -> None:
     out = ("--output", str(tmp_path / "out.safetensors"))
     told(gptlab("export", "nosuch", *out), 2, "no run matches 'nosuch'")
-    told(gptlab("export", "latest", "--to", "gguf", *out), 2, "--to gguf: there is safetensors")
+    told(gptlab("export", "latest", "--to", "coreml", *out), 2, "--to coreml: there is safetensors, hf, gguf, onnx")
     told(gptlab("export", "latest", "--dtype", "int8", *out), 2, "--dtype int8 is not one of fp32, bf16, fp16")
     told(gptlab("export", "latest", "--output", str(tmp_path)), 2, "is a folder")
     told(gptlab("export", "latest", "--checkpoint", "9", *out), 5, "step 9", "12, 8")

@@ -25,8 +25,8 @@ EXPERIMENTS = sorted(f for folder in experiment_dirs() for f in folder.glob("*.y
 
 
 def _choose(group: str, name: str) -> list[str]:
-    needed = {"text": ["data.corpus.path=x.txt"], "hub": ["data.corpus.dataset=owner/name"]}
-    extra = needed.get(name, []) if group in ("data", "data/corpus") else []
+    needed = {"text": ["data.corpus.path=x.txt"], "hub": ["data.corpus.dataset=owner/name"], "file": ["data.tokenizer.path=x.json"]}
+    extra = needed.get(name, []) if group in ("data", "data/corpus", "data/tokenizer") else []
     extra += ["callbacks.more.curve=nanogpt_shakespeare_cpu"] if (group, name) == ("callback", "reference") else []
     return [f"+callback@callbacks.more={name}" if group == "callback" else f"{group}={name}", *extra]
 
@@ -151,7 +151,7 @@ def test_a_plus_does_not_slip_an_unknown_key_in(override: str) -> None:
 
 def test_what_has_no_default_is_only_the_users_own() -> None:
     bare = [c for c in components() if not all(has_default(c.options, f) for f in c.options.__dataclass_fields__)]
-    assert [f"{c.slot.path}={c.name}" for c in bare] == ["data/corpus=text", "data/corpus=hub", "callback=reference"]
+    assert {f"{c.slot.path}={c.name}" for c in bare} == {"data/corpus=text", "data/corpus=hub", "data/tokenizer=file", "callback=reference"}
 
 
 def test_a_run_is_named_after_what_sets_it_apart() -> None:

@@ -65,7 +65,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt(part: str) -> None:
         reading.go_on(piece)
     assert reading.left == 0
     engine = Engine(made)
-    engine.add(prompt, [Sampling(max_tokens=5, temperature=0)], [0], reading=reading)
+    engine.take(prompt, reading, [Sampling(max_tokens=5, temperature=0)], [0])
     found: list[int] = []
     while engine.rows:
         found += [one.token for one in engine.step()]
@@ -98,7 +98,7 @@ def test_each_row_is_told_as_many_of_the_likeliest_tokens_as_it_asks_for() -> No
     engine = Engine(made)
     tops = (3, None, 0, 100)
     for row, (prompt, top) in enumerate(zip(PROMPTS, tops, strict=True)):
-        engine.add(prompt, [Sampling(max_tokens=2, seed=row)], [row], top=top)
+        engine.add([prompt], [Sampling(max_tokens=2, seed=row)], [row], top=top)
     for one in engine.step():
         with torch.inference_mode():
             spread = made(torch.tensor([PROMPTS[one.row]]))[0, -1].float().log_softmax(-1)
@@ -167,6 +167,18 @@ def test_the_model_is_left_in_the_mode_it_was_in() -> None:
 def test_a_window_keeps_no_more_than_its_window() -> None:
     cache = model("model.attention.window=5").new_cache(2, CONTEXT)
     assert [tuple(keys.shape) for keys in cache.keys] == [(2, 2, 5, 8)] * 2
+
+
+@pytest.mark.parametrize("window", ["null", "5", "9"])
+def test_memory_grows_with_the_text(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, prompts, settings = model(f"model.attention.window={window}"), [[8], [1, 2, 3, 4, 5], [3]], Sampling(max_tokens=12, temperature=0)
+    at_once = by_rows(list(generate(made, prompts, settings)))
+    monkeypatch.setattr("gptlab.model.cache.ROOM", 2)
+    assert by_rows(list(generate(made, prompts, settings))) == at_once
+    cache = made.new_cache(1, CONTEXT)
+    assert [keys.shape[2] for keys in cache.keys] == [2, 2]
+    held = CONTEXT if window == "null" else int(window)
+    assert cache.bytes_when_full == 2 * 2 * held * made.config.width * made.embedding.weight.itemsize
 
 
 def test_a_cache_goes_back_unless_a_window_has_forgotten() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from gptlab import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.product import cpu_multiplies_bf16
-from gptlab.generate import weights
+from gptlab.generate import native, weights
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.weights import for_generation, held_bytes
@@ -60,15 +62,31 @@ def test_no_width_reads_what_is_not_its_own(width: int) -> None:
 
 @NO_BF16
 def test_a_matrix_is_held_once() -> None:
-    made = for_generation(model(), "bf16")
-    assert sum(p.numel() for name, p in made.named_parameters() if name.endswith("qkv.weight")) == 0
-    assert made.embedding.weight.dtype == torch.bfloat16
-    own = model("model/head=untied")
-    total = sum(p.numel() for p in own.parameters())
-    assert held_bytes(own) == 4 * total
-    head = own.head.weight.numel()  # type: ignore[union-attr,operator]
-    assert held_bytes(for_generation(own, "bf16")) == 2 * (total + head)  # the head's own parameter stays
-    assert held_bytes(for_generation(model(), "int8")) < 0.6 * 2 * total
+    made = for_generation(model("model/head=untied"), "bf16")
+    total = sum(p.numel() for p in made.parameters())
+    assert held_bytes(made) == 2 * total == held_bytes(model("model/head=untied")) / 2
+    assert made.blocks[0].attention.qkv.product._weight.data_ptr() == made.blocks[0].attention.qkv.weight.data_ptr()  # type: ignore[union-attr]
+    assert made.head.multiply._weight.data_ptr() == made.head.weight.data_ptr()  # type: ignore[union-attr]
+    assert held_bytes(for_generation(model(), "int8")) < 0.6 * 2 * sum(p.numel() for p in model().parameters())
+
+
+@NO_BF16
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@torch.inference_mode()
+def test_without_a_compiler_it_says_so_and_the_products_are_torchs(precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = model()(X)
+    monkeypatch.setenv("GPTLAB_HOME", str(tmp_path))
+    for compiler in ("/no/compiler", "false"):  # none at all, and one that fails
+        monkeypatch.setenv("CC", compiler)
+        native.available.cache_clear()
+        native._library.cache_clear()
+        with pytest.warns(native.NativeWarning, match="product.c could not be built"):
+            made = for_generation(model(), precision)
+    monkeypatch.undo()
+    native.available.cache_clear()
+    for rows in (X, X[:1, :1], X[:2, :1]):
+        error = (made(rows).float() - own[: len(rows), : rows.shape[1]]).abs().max()
+        assert error < (0.05 if precision == "bf16" else 0.1) * own.std()
 
 
 def test_bf16_without_instructions_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,17 @@
-"""A loopback server that speaks enough of the Hugging Face hub, read only, for its real clients; and that fails when asked to."""
+"""A loopback server that speaks enough of the Hugging Face hub for its real clients, and that fails when asked to.
+
+Repositories are read, and models written to: made, uploaded (small files in the commit, large ones by LFS) and committed.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import re
 import socket
+import tempfile
 import threading
 import urllib.parse
 from collections import deque
@@ -63,14 +68,16 @@ class Server(ThreadingHTTPServer):
         self.faults = Faults()
         self.running = False
         self.lock = threading.Lock()
+        self.writers: dict[str, str] = {}  # token -> the account that may write
+        self.large: dict[str, bytes] = {}  # what was uploaded by LFS, by its sha256
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
     def publish(self, name: str, folder: Path, commit: str = COMMIT, members: frozenset[str] | None = None) -> None:
-        """A new commit at the head of the data set `name`."""
-        known = self.repositories.setdefault(f"datasets/{name}", Repository({}, members))
+        """A new commit at the head of the data set `name` (`models/owner/name`: of a model)."""
+        known = self.repositories.setdefault(name if name.startswith("models/") else f"datasets/{name}", Repository({}, members))
         known.commits[commit] = folder
 
     def data_requests(self) -> list[Request]:
@@ -112,14 +119,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._reply()
 
+    def do_PUT(self) -> None:
+        self._reply()
+
     def _reply(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         if not self.server.running:
             self.close_connection = True
             return None
         address = urllib.parse.urlparse(self.path)
         path, query = urllib.parse.unquote(address.path), urllib.parse.parse_qs(address.query)
         self.server.requests.append(Request(self.command, path, self.headers.get("Range")))
+        if self._writes(path, body):
+            return None
         if asked := re.fullmatch(r"/api/((?:datasets|models)/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?", path):
             name, what, revision, inside = asked.groups()
             found = self._find(name, revision or "main")
@@ -129,6 +141,61 @@ class _Handler(BaseHTTPRequestHandler):
             found = self._find(name, asked[3])
             return self._file(name, asked[4], *found) if found else None
         return self._fail(404, "")
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
+
+    def _writes(self, path: str, body: bytes) -> bool:
+        """Answer a request that writes, or leads up to it."""
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if path == "/api/repos/create":
+            made = json.loads(body)
+            owner = made.get("organization") or self.server.writers.get(token)
+            if token not in self.server.writers or owner != self.server.writers[token]:
+                self._fail(403 if token else 401, "")
+                return True
+            name = f"models/{owner}/{made['name']}"
+            exists = name in self.server.repositories
+            if not exists:
+                self.server.repositories[name] = Repository({COMMIT: Path(tempfile.mkdtemp())})
+            address = {"url": f"{self.server.url}/{owner}/{made['name']}", "private": made.get("private")}
+            self._json(address, code=409 if exists else 200)
+            return True
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+            return True
+        if asked := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            sizes = json.loads(body)["files"]
+            self._json({"files": [{**f, "uploadMode": "lfs" if f["size"] > 5000 else "regular", "shouldIgnore": False} for f in sizes]})
+            return True
+        if path.endswith("/info/lfs/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            action = {"upload": {"href": f"{self.server.url}/lfs/", "header": {}}}
+            objects = [{**o, "actions": {"upload": {**action["upload"], "href": f"{self.server.url}/lfs/{o['oid']}"}}} for o in wanted]
+            self._json({"transfer": "basic", "objects": objects})
+            return True
+        if path.startswith("/lfs/"):
+            self.server.large[path.removeprefix("/lfs/")] = body
+            self._json({})
+            return True
+        if asked := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            folder = self.server.repositories[f"models/{asked[1]}"].commits[COMMIT]
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                elif line["key"] == "lfsFile":
+                    (folder / value["path"]).write_bytes(self.server.large[value["oid"]])
+            self._json({"commitUrl": f"{self.server.url}/{asked[1]}/commit/{COMMIT}", "commitOid": COMMIT, "commitMessage": ""})
+            return True
+        return False
 
     def _find(self, name: str, revision: str) -> tuple[str, Path] | None:
         """The commit of a revision and its folder, or an answer that there is none."""
@@ -198,9 +265,9 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"Content-Length": "0", **({"X-Error-Code": reason} if reason else {}), **(more or {})}
         self._head(code, about)
 
-    def _json(self, content: Any) -> None:
+    def _json(self, content: Any, *, code: int = 200) -> None:
         body = json.dumps(content).encode()
-        self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self._head(code, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.wfile.write(body)
 

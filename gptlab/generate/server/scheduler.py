@@ -18,7 +18,6 @@ from gptlab.generate.engine import Engine, Made, Reading
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.server.errors import Refused
 from gptlab.generate.text import TextStream
-from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer
 
 READ_AT_ONCE = 256  # tokens of new prompts between two steps, so that running texts do not wait long for those that join
@@ -187,7 +186,7 @@ class Scheduler:
             self._numbers += len(numbers)
             self._of |= {number: (job, i) for i, number in enumerate(numbers)}
             self._reading = None
-            self._engine.add(job.ask.prompt, job.ask.settings, numbers, top=job.ask.top, reading=reading)
+            self._engine.take(job.ask.prompt, reading, job.ask.settings, numbers, top=job.ask.top)
 
     def _next(self, *, whole: int | None) -> tuple[_Job, Reading] | None:
         """The job that waits longest, if there is room for its texts; with `whole` only if its prompt has no more tokens than that."""
@@ -271,6 +270,5 @@ def fitting_threads(model: Transformer) -> int:
 
 def fitting_rows(model: Transformer) -> int:
     """How many texts are made side by side unless told: as many as the cache has room for, up to `MOST_ROWS`."""
-    cache: KVCache = model.new_cache(1, model.config.context_length)
-    row = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
+    row = model.new_cache(1, model.config.context_length).bytes_when_full
     return max(1, min(MOST_ROWS, CACHE_BYTES // max(1, row)))

@@ -1,0 +1,97 @@
+"""A run that begins with another run's weights (trainer.init_from): its model and tokeniser are that run's, all else is its own.
+
+Unlike trainer.start it is a training of its own: from step 0, on any text, with any optimizer. So an imported model is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from gptlab.config.compose import inherits
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import component
+from gptlab.config.schema import Config, ModelConfig
+from gptlab.runner import checkpoint, sharded
+from gptlab.runner.averages import load_weights
+from gptlab.runner.run import Run, find_run
+from gptlab.runner.trainer import Trainer
+
+PARENT = "parent.json"  # in the run's folder: whose weights it began with
+TABLE = "position.table.weight"  # of learned positions: a shorter context takes the first of them
+
+
+@inherits
+def inherit(config: Config, overrides: Sequence[str]) -> Config:
+    """A composed config with the model and the tokeniser of the run that trainer.init_from names, as IDENTITY@STEP.
+
+    What an override says of the model is kept; `model=RECIPE` keeps all of it. Raises ConfigError for no such run, or another tokeniser.
+    """
+    if not config.trainer.init_from:
+        return config
+    if config.trainer.start:
+        raise ConfigError("trainer.init_from and trainer.start: a run begins anew with another's weights, or goes on with its training")
+    keys = [o.lstrip("+~").partition("=")[0] for o in overrides]
+    if any(key.partition("@")[0] == "data/tokenizer" or key.startswith("data.tokenizer.") for key in keys):
+        raise ConfigError("trainer.init_from brings the tokeniser of its run, by which the weights are numbered: leave data/tokenizer out")
+    parent, step = _parent(config.trainer.init_from)
+    model = config.model if "model" in keys else _model(config.model, parent.config().model, keys)
+    options: Any = component("data/tokenizer", "file").options
+    tokenizer = options(path=str((parent.directory / "tokenizer.json").resolve()))
+    data = replace(config.data, tokenizer=tokenizer)
+    return replace(config, model=model, data=data, trainer=replace(config.trainer, init_from=f"{parent.identity}@{step}"))
+
+
+def _model(composed: ModelConfig, theirs: ModelConfig, keys: Sequence[str]) -> ModelConfig:
+    """Their model with what the keys (`model.dropout`, `model/kernel`, `model.attention.window`) say of the composed one."""
+    made: Any = theirs
+    for key in keys:
+        field, _, option = key.removeprefix("model").lstrip("./").partition(".")
+        if not key.startswith(("model.", "model/")):
+            continue
+        own, other = getattr(composed, field), getattr(made, field)
+        if option and type(own) is type(other):  # one option of the same component
+            own = replace(other, **{option: getattr(own, option)})
+        made = replace(made, **{field: own})
+    return made  # type: ignore[no-any-return]
+
+
+def _parent(reference: str) -> tuple[Run, int]:
+    """The run of RUN[@STEP], and the step."""
+    name, mark, which = reference.rpartition("@")
+    parent = find_run(name if mark else which)
+    return parent, checkpoint.step_of(checkpoint.choose(parent.checkpoints, which if mark else "latest"))
+
+
+def begin(trainer: Trainer) -> None:
+    """Give a new run's model the weights it begins with, and write down whose they are. Every rank calls it.
+
+    Raises ConfigError naming the first tensor of another shape.
+    """
+    parent, step = _parent(trainer.config.trainer.init_from)
+    found = checkpoint.choose(parent.checkpoints, str(step))
+    own = trainer.model.state_dict()
+    if trainer.strategy.sharded:
+        sharded.load_into(found, own, trainer.world.writers())
+        checkpoint.fill(trainer.model, own, found)
+    else:
+        _, weights, _ = load_weights(found)
+        checkpoint.fill(trainer.model, fitted(weights, own, f"trainer.init_from={trainer.config.trainer.init_from}"), found)
+    if trainer.world.first:
+        trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})
+
+
+def fitted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights as a model takes them whose context may be shorter. Raises ConfigError for the first that does not fit it."""
+    made = dict(weights)
+    if TABLE in own and TABLE in made and own[TABLE].shape[0] < made[TABLE].shape[0]:
+        made[TABLE] = made[TABLE][: own[TABLE].shape[0]]
+    for name in [*own, *made]:
+        theirs, ours = (tuple(side[name].shape) if name in side else None for side in (made, own))
+        if theirs != ours:
+            told = "is not there" if theirs is None else f"is {theirs} there" + (f" and {ours} here" if ours else ", and has no place here")
+            raise ConfigError(f"{where}: {name} {told}; leave model.* and model/* as that run has them, or train from nothing")
+    return made
