@@ -88,9 +88,20 @@ def shortened(command: str, sample: Path) -> list[str]:
         words.append("trainer.batch_tokens=4096")
     if words[:3] == ["gptlab", "bench", "checkpoint"]:
         words += ["--rounds", "1"] + (["--model", "nano"] if "--model" not in words else [])
+    if words[:3] == ["gptlab", "bench", "serve"]:
+        words += ["--rounds", "1", "--requests", "10"]
     if words[:3] == ["gptlab", "bench", "data"]:
         words += ["--rounds", "1", "--megabytes", "4"]
     return words
+
+
+def served_until_told(words: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and errors of a server that is told to end once it has printed its address."""
+    with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next((line for line in process.stdout if line.startswith("http://")), None)
+        process.terminate()
+        return process.wait(60), process.communicate()[1]
 
 
 @pytest.fixture
@@ -155,6 +166,9 @@ def test_every_command_works_as_it_stands(
         if words in ran:
             continue  # shortened to what another was
         ran.append(words)
+        if words[:2] == ["gptlab", "serve"]:
+            assert served_until_told(words, tmp_path, environment) == (0, ""), command
+            continue
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

@@ -30,6 +30,8 @@ def test_recipes_and_experiments_are_inside(wheel: Path) -> None:
             assert f"gptlab/{file.relative_to(ROOT)}" in names
     assets = {f"gptlab/study/assets/page.{kind}" for kind in ("html", "css", "js")}
     assert {"gptlab/py.typed", "gptlab/generate/product.c", *assets} <= set(names)
+    for file in (ROOT / "gptlab" / "generate" / "server" / "assets").iterdir():
+        assert f"gptlab/generate/server/assets/{file.name}" in names
     assert not any(name.startswith(("tests/", "runs/")) for name in names)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
-from gptlab.cli.commands import bench_app, data_app
+from gptlab.cli.commands import bench_app, chat, data_app, serve
 from gptlab.cli.exchange import export_model, import_model
 from gptlab.config.errors import GptlabError
 
@@ -260,6 +260,10 @@ def sample(
         lookup=lookup,
         beams=beams,
     )
+
+
+app.command()(chat)
+app.command()(serve)
 
 
 @components_app.callback()

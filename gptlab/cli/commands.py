@@ -1,4 +1,4 @@
-"""The subcommands of `gptlab bench` and `gptlab data`. Each imports what it needs when it runs."""
+"""`gptlab chat` and `serve`, and the subcommands of `gptlab bench` and `data`. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,71 @@ from typing import Annotated
 
 import typer
 
-from gptlab.cli.arguments import JsonOption, OverridesArgument, RunArgument, complete_overrides
+from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
 
 bench_app = typer.Typer(help="Time gptlab on this machine.", no_args_is_help=True)
 data_app = typer.Typer(help="Prepare data ahead of training; look at it.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train tokenisers; compare them.", no_args_is_help=True)
 data_app.add_typer(tokenizer_app, name="tokenizer")
+
+
+def chat(
+    run: RunArgument,
+    system: Annotated[str, typer.Option(help="What a model with chat tokens is told before the conversation.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; 1: as the model believes.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that together have this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same conversation.")] = 0,
+    checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = "default",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
+) -> None:
+    """Talk to a run in the terminal; one without chat tokens goes on with your text."""
+    from gptlab.cli.chat import chat as talk
+    from gptlab.generate.sampling import Sampling
+
+    settings = Sampling(max_tokens, temperature, top_k, top_p, seed=seed)
+    talk(run, system=system, settings=settings, checkpoint=checkpoint, weights=weights, device=device, precision=precision)
+
+
+def serve(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Directories, identities, unique prefixes, or `latest`.")],
+    host: Annotated[str, typer.Option(help="The address; another than this machine's own takes a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.")] = 8421,
+    token: Annotated[
+        str | None,
+        typer.Option(help="What clients must send as their key; made up for an address that others reach.", envvar="GPTLAB_TOKEN"),
+    ] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another name that this server answers to.", metavar="NAME")] = None,
+    rows: Annotated[int | None, typer.Option(help="Texts that are made side by side; unless given, what fits, up to 32.")] = None,
+    queue: Annotated[int, typer.Option(help="Requests of each model that may wait.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="CPU cores of a step; unless given, 1 for a small model, else all.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer, whatever a request asks for.")] = 4096,
+    checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = "default",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 as trained; bf16 or int8: weights rounded, and read faster.")] = "fp32",
+) -> None:
+    """Serve runs to OpenAI's clients, with a page to talk to them and to tell them apart."""
+    from gptlab.cli.serve import serve as run
+
+    run(
+        runs,
+        host=host,
+        port=port,
+        token=token,
+        allow_hosts=allow_host or [],
+        rows=rows,
+        queue=queue,
+        threads=threads,
+        max_tokens=max_tokens,
+        checkpoint=checkpoint,
+        weights=weights,
+        device=device,
+        precision=precision,
+    )
 
 
 @bench_app.command("train")
@@ -51,6 +110,21 @@ def bench_generate(
     from gptlab.cli.bench_generate import bench
 
     bench(model=model, batches=batch or [1, 8], tokens=tokens, rounds=rounds, precision=precision, as_json=as_json)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    run: RunArgument = "latest",
+    clients: Annotated[int, typer.Option(help="How many ask at once.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Of each answer.")] = 200,
+    rounds: Annotated[int, typer.Option(help="How often one client and many are timed, in turn.")] = 3,
+    requests: Annotated[int, typer.Option(help="Short requests after that, over which memory is watched.")] = 1000,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a server of a run: one client, many at once, and its memory over many requests."""
+    from gptlab.cli.bench_serve import bench
+
+    bench(run, clients=clients, tokens=tokens, rounds=rounds, requests=requests, as_json=as_json)
 
 
 @bench_app.command("data")

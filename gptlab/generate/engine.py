@@ -19,11 +19,13 @@ READ = 4096  # tokens of prompts that are read at a time: more are no faster, an
 
 @dataclass(frozen=True)
 class Made:
-    """A token of row `row`. `logprob`: its log-probability under the model, before temperature and cuts, where that was asked for."""
+    """A token of row `row`. `logprob`: its log-probability under the model, before temperature and cuts, where that was asked for;
+    `likeliest`: the likeliest tokens in its place with theirs, the likeliest first."""
 
     row: int
     token: int
     logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -36,6 +38,29 @@ class Row:
     generator: torch.Generator
     made: int = 0
     done: bool = False
+    top: int | None = None  # how many of the likeliest tokens are told with each of its own; None: no log-probability either
+
+
+class Reading:
+    """A prompt that is read piece by piece, so that rows under way need not wait for all of it."""
+
+    def __init__(self, model: Transformer, tokens: Sequence[int]) -> None:
+        """Of a prompt longer than the context the end is read."""
+        self.model, self.tokens = model, list(tokens)[-model.config.context_length :]
+        self.cache = model.new_cache(1, model.config.context_length)
+        self.logits: Float[Tensor, "1 v"] | None = None  # of the token after what was read
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not read yet."""
+        return len(self.tokens) - self.cache.length
+
+    @torch.inference_mode()
+    def go_on(self, most: int) -> None:
+        """Read up to so many more tokens."""
+        part = self.tokens[self.cache.length : self.cache.length + most]
+        read = torch.tensor([part], device=self.model.embedding.weight.device)
+        self.logits = self.model(read, cache=self.cache, reduce=_of_last)
 
 
 class Engine:
@@ -52,10 +77,12 @@ class Engine:
         self._cache: KVCache | None = None
         self._logits: Float[Tensor, "b v"] | None = None  # of each row's next token
 
-    def add(self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], numbers: Sequence[int]) -> None:
+    def add(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None
+    ) -> None:
         """Rows, the same count of each prompt, which is read once. Of a prompt longer than the context the end is read.
 
-        Prompts of one length are read side by side, up to READ tokens at a time. Raises ConfigError for an empty one.
+        Prompts of one length are read side by side, up to READ tokens at a time. `top`: as a row's. Raises ConfigError for an empty one.
         """
         if not all(len(prompt) for prompt in prompts):
             raise ConfigError("the prompt is empty; give at least one character")
@@ -69,8 +96,24 @@ class Engine:
             for part in (alike[start : start + most] for start in range(0, len(alike), most)):
                 for i in part:
                     for n in range(i * copies, (i + 1) * copies):
-                        self.rows.append(Row(numbers[n], list(prompts[i]), settings[n], torch.Generator().manual_seed(settings[n].seed)))
+                        self._begin(prompts[i], settings[n], numbers[n], top)
                 self._join(*self._read([prompts[i][-length:] for i in part], copies))
+
+    def take(
+        self, prompt: Sequence[int], reading: Reading, settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None
+    ) -> None:
+        """Rows with one prompt that was read, to its end, by `reading`. `top`: as a row's."""
+        assert reading.logits is not None
+        assert not reading.left
+        for number, own in zip(numbers, settings, strict=True):
+            self._begin(prompt, own, number, top)
+        if len(settings) > 1:
+            reading.cache.select([0] * len(settings))
+        self._join(reading.cache, reading.logits.expand(len(settings), -1))
+
+    def _begin(self, prompt: Sequence[int], own: Sampling, number: int, top: int | None) -> None:
+        top = 0 if top is None and self.logprobs else top
+        self.rows.append(Row(number, list(prompt), own, torch.Generator().manual_seed(own.seed), top=top))
 
     def step(self) -> list[Made]:
         """The next token of every row. Rows whose `done` was set, or that have all their tokens, are gone afterwards."""
@@ -82,15 +125,27 @@ class Engine:
                 [row.generator for row in self.rows],
                 [row.tokens for row in self.rows],
             )
-            likely: list[float | None] = [None] * len(tokens)
-            if self.logprobs:
-                likely = self._logits.float().log_softmax(-1)[range(len(tokens)), tokens].tolist()
-        made = []
-        for row, token, logprob in zip(self.rows, tokens, likely, strict=True):
+            made = self._told(tokens)
+        for row, token in zip(self.rows, tokens, strict=True):
             row.tokens.append(token)
             row.made += 1
             row.done = row.made >= row.settings.max_tokens
-            made.append(Made(row.number, token, logprob))
+        return made
+
+    def _told(self, tokens: Sequence[int]) -> list[Made]:
+        """The tokens of the rows, with the log-probabilities that each row asks for."""
+        asked = [i for i, row in enumerate(self.rows) if row.top is not None]
+        if not asked:
+            return [Made(row.number, token) for row, token in zip(self.rows, tokens, strict=True)]
+        assert self._logits is not None
+        spread = (self._logits if len(asked) == len(self.rows) else self._logits[asked]).float().log_softmax(-1)
+        own = spread[range(len(asked)), [tokens[i] for i in asked]].tolist()
+        most = min(max(self.rows[i].top or 0 for i in asked), spread.shape[-1])
+        values, places = (found.tolist() for found in spread.topk(most)) if most else ([[]] * len(asked), [[]] * len(asked))
+        made = [Made(row.number, token) for row, token in zip(self.rows, tokens, strict=True)]
+        for j, i in enumerate(asked):
+            top = self.rows[i].top
+            made[i] = replace(made[i], logprob=own[j], likeliest=tuple(zip(places[j][:top], values[j][:top], strict=True)))
         return made
 
     def advance(self) -> None:

@@ -14,6 +14,7 @@ from gptlab.runner.run import Run, all_runs, find_study, members, read_ablation
 from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most
 from gptlab.study.text import TextInterval, text_interval
 from gptlab.study.verdict import EFFECT, Verdict, judge
+from gptlab.study.votes import Tally, tally
 
 SAME_WEIGHTS = 0.995  # the share of initial weights from which two arms begin alike
 METRIC, ACCURACY, PER_BYTE = "val/loss", "val/accuracy", "val/bits_per_byte"
@@ -73,11 +74,13 @@ class Comparison:
     rows: list[Row]
     notes: list[str]
     target: float | None = None  # a loss to be reached, as a speed run has one
+    votes: list[Tally] = field(default_factory=list)  # of blind pairs
 
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(r) | {"verdict_text": r.verdict.sentence if r.verdict else None, "difference": r.difference and asdict(r.difference)}
                 for r in self.rows]  # fmt: skip
-        return {"version": 2, "study": self.study, "metric": self.metric, "target": self.target, "rows": rows, "notes": self.notes}
+        told = {"version": 2, "study": self.study, "metric": self.metric, "target": self.target, "rows": rows, "notes": self.notes}
+        return told | {"votes": [asdict(t) | {"votes": t.votes, "sentence": t.sentence} for t in self.votes]}
 
 
 def collect(study: str) -> tuple[list[Arm], list[str]]:
@@ -153,7 +156,9 @@ def compare(study: str, *, baseline: str | None = None, target: float | None = N
     ordered = [base, *(a for a in arms if a is not base)]
     losses = {a.key: {seed: float(s[metric]) for seed, s in a.summaries.items() if metric in s} for a in ordered}
     verdicts = judge(losses, base.key, effect=effect or float(told.get("effect", EFFECT)), looks=told.get("looks", ()))
-    return Comparison(study, metric, [_row(a, base, losses, verdicts.get(a.key), target, metric) for a in ordered], notes, target)
+    rows = [_row(a, base, losses, verdicts.get(a.key), target, metric) for a in ordered]
+    votes = tally(study, {run.identity: a.label for a in ordered for run in (*a.runs.values(), *a.open.values())})
+    return Comparison(study, metric, rows, notes, target, votes)
 
 
 def _looked(told: dict[str, Any], seeds: int) -> list[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.errors import ConfigError
+from gptlab.study import votes
 from gptlab.study.compare import ACCURACY, METRIC, PER_BYTE, Arm, Comparison, Row, collect, tokenizers
 from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
@@ -112,6 +113,8 @@ def show(comparison: Comparison) -> None:
     more = extras(comparison)
     if more is not None:
         console.print(more)
+    if comparison.votes:
+        console.print(votes.table(comparison.votes))
     for remark in remarks(comparison):
         say((f"  {remark}", "dim"))
 
@@ -131,7 +134,7 @@ def remarks(comparison: Comparison) -> list[str]:
         most = f"{max(gains):.1f}" if max(gains) < 1000 else "over 1,000"  # of an arm that is the baseline but for rounding
         times = most if len(gains) == 1 else f"{min(gains):.1f} to {most}"
         found.append(f"pairing by seed: the spread of the differences is {times} times smaller than unpaired")
-    return found + comparison.notes
+    return found + [told.sentence for told in comparison.votes] + comparison.notes
 
 
 def _method(comparison: Comparison) -> list[str]:
@@ -161,7 +164,8 @@ def markdown(comparison: Comparison) -> str:
     for name in sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY}):
         values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)
         notes.append(f"{name}: {values}")
-    return "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
+    written = "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
+    return written + (votes.markdown(comparison.votes) if comparison.votes else "")
 
 
 def csv_table(comparison: Comparison) -> str:

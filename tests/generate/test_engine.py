@@ -9,7 +9,7 @@ from torch import Tensor
 from gptlab import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import components, load_components
-from gptlab.generate.engine import Made, generate
+from gptlab.generate.engine import Engine, Made, Reading, generate
 from gptlab.generate.sampling import Sampling
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer, new_model
@@ -57,6 +57,22 @@ def test_greedy_texts_side_by_side_are_those_of_the_full_forward_pass(part: str)
     assert found == {i: likeliest(made, prompt, 10) for i, prompt in enumerate(PROMPTS)}
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_prompt_read_in_pieces_is_the_prompt(part: str) -> None:
+    made, prompt = model(part), [i * 7 % VOCABULARY for i in range(17)]
+    reading = Reading(made, prompt)
+    for piece in (1, 5, 7, 9):
+        reading.go_on(piece)
+    assert reading.left == 0
+    engine = Engine(made)
+    engine.take(prompt, reading, [Sampling(max_tokens=5, temperature=0)], [0])
+    found: list[int] = []
+    while engine.rows:
+        found += [one.token for one in engine.step()]
+        engine.advance()
+    assert found == likeliest(made, prompt, 5)
+
+
 def test_a_full_row_forgets_its_older_half_and_the_others_are_none_the_wiser() -> None:
     made, count = model("model/position=rotary"), 40
     found = by_rows(list(generate(made, PROMPTS, Sampling(max_tokens=count, temperature=0))))
@@ -75,6 +91,22 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_read() -> None:
     (first, *_) = generate(made, [long], Sampling(max_tokens=3, temperature=0))
     with torch.inference_mode():
         assert first.token == int(made(torch.tensor([long[-CONTEXT:]]))[0, -1].argmax())
+
+
+def test_each_row_is_told_as_many_of_the_likeliest_tokens_as_it_asks_for() -> None:
+    made = model()
+    engine = Engine(made)
+    tops = (3, None, 0, 100)
+    for row, (prompt, top) in enumerate(zip(PROMPTS, tops, strict=True)):
+        engine.add([prompt], [Sampling(max_tokens=2, seed=row)], [row], top=top)
+    for one in engine.step():
+        with torch.inference_mode():
+            spread = made(torch.tensor([PROMPTS[one.row]]))[0, -1].float().log_softmax(-1)
+        top = tops[one.row]
+        assert one.logprob == (None if top is None else pytest.approx(float(spread[one.token]), abs=1e-5))
+        values, places = spread.topk(min(top or 0, VOCABULARY))
+        assert [token for token, _ in one.likeliest] == places.tolist()
+        assert [value for _, value in one.likeliest] == pytest.approx(values.tolist(), abs=1e-5)
 
 
 def test_samples_of_one_prompt_are_those_of_their_seeds_alone() -> None:

@@ -88,6 +88,13 @@
     const words = new Set(arms.map((_, i) => i + 1));
     return $("differs").append(tableOf(["setting", ...arms.map((arm) => arm.label)], data.differences.map((d) => [d.key, ...d.values.map(shown)]), words));
   }
+  function votesTable() {
+    const votes = data.comparison.votes ?? [];
+    if (!votes.length) return $("s-votes").remove();
+    const share = (x) => `${Math.round(100 * x)} %`;
+    return $("votes").append(tableOf(["arm", "votes", "won", "lost", "tie", "both bad", "won, 95 %"], votes.map((v) =>
+      [`${v.arm} against ${v.against}`, v.votes, v.won, v.lost, v.ties, v.bad, v.rate === null ? "" : `${share(v.rate)} (${share(v.low)} to ${share(v.high)})`])));
+  }
   function samples() {
     const told = arms.filter((arm) => arm.sample);
     if (!told.length) return $("s-samples").remove();
@@ -403,6 +410,7 @@
   verdictTable();
   progress();
   differsTable();
+  votesTable();
   samples();
   again();
   notes();
