@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from rich.table import Table
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import resolve
-from gptlab.config.schema import ModelConfig
+from gptlab.config.schema import Config, ModelConfig
 from gptlab.generate import native
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
@@ -46,6 +48,7 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16  # int8 is set beside bf16
     ours = new_model(config.model, VOCABULARY, 0).to(device).eval()
     size = _read_bytes(ours, {"fp32": 4, "bf16": 2, "int8": 1}.get(precision, 0))
+    llama = _llama_cpp(config, ours, tokens, device, precision)
     ours = for_generation(ours, precision)
     makers: dict[str, Callable[[int], float]] = {f"gptlab {precision}": lambda batch: _ours(ours, batch, tokens, device)}
     note = ""
@@ -56,14 +59,17 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
     else:
         theirs = _transformers(ours, device, dtype)
         makers[f"transformers {'fp32' if precision == 'fp32' else 'bf16'}"] = lambda batch: theirs(batch, tokens)
+    if llama is not None:
+        makers[f"llama.cpp {precision}"] = llama
     found: dict[int, dict[str, list[float]]] = {}
     with RunProgress("bench generate", None):
         for batch in batches:
-            for make in makers.values():
+            timed = {name: make for name, make in makers.items() if batch == 1 or not name.startswith("llama.cpp")}
+            for make in timed.values():
                 make(batch)  # warm
-            found[batch] = {name: [] for name in makers}
+            found[batch] = {name: [] for name in timed}
             for _ in range(rounds):
-                for name, make in makers.items():
+                for name, make in timed.items():
                     found[batch][name].append(batch * tokens / make(batch))
     limit = _read_speed(device, dtype) / size
     report: dict[str, Any] = {
@@ -85,28 +91,62 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
         _show(report)
 
 
+def _llama_cpp(config: Config, model: Transformer, tokens: int, device: torch.device, precision: str) -> Callable[[int], float] | None:
+    """llama.cpp with the same weights, by its Python package, where that is installed: one row on a CPU, in fp32 or bf16."""
+    if importlib.util.find_spec("llama_cpp") is None or device.type != "cpu" or precision == "int8" or not _like_gpt2(config.model):
+        return None
+    from llama_cpp import Llama
+
+    from gptlab.data.tokenizer import gpt2
+    from gptlab.interop.gguf import write_gguf
+    from gptlab.runner.load import Loaded
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "bench.gguf"
+        write_gguf(Loaded(None, config, model, gpt2()), file, precision)
+        theirs = Llama(str(file), n_ctx=config.model.context_length, n_threads=torch.get_num_threads(), verbose=False)
+
+    def timed(batch: int) -> float:
+        prompt = torch.randint(VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+        started = time.perf_counter()
+        made = theirs.generate(prompt, top_k=TOP_K, top_p=1.0, min_p=0.0, temp=1.0, repeat_penalty=1.0)
+        for _ in range(tokens):
+            next(made)
+        return time.perf_counter() - started
+
+    return timed
+
+
 def _row(batch: int, by_name: dict[str, list[float]], limit: float) -> dict[str, Any]:
     ours, *others = by_name
     row: dict[str, Any] = {"batch": batch, "tokens_per_second": {name: statistics.median(values) for name, values in by_name.items()}}
     row["share_of_limit"] = row["tokens_per_second"][ours] / (limit * batch)
+    row["ratio"] = {}
     for other in others:
         ratios = [a / b for a, b in zip(by_name[ours], by_name[other], strict=True)]
-        row["ratio"] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+        row["ratio"][other] = {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
     return row
 
 
 def _show(report: dict[str, Any]) -> None:
-    names = list(report["rows"][0]["tokens_per_second"])
+    names = list(dict.fromkeys(name for row in report["rows"] for name in row["tokens_per_second"]))
     where = f"{report['device']}, {report['threads']} threads" if report["device"] == "cpu" else report["device"]
     what = f"{report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}"
     title = f"{report['model']}, {report['precision']}, {what}, {where}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(["batch", *(f"{n.split()[0]}, /s" for n in names), *(["ratio"] if len(names) > 1 else []), "of limit"]):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    ours, *others = names
+    table.add_column("batch", no_wrap=True)
+    table.add_column(f"{ours.split()[0]}, /s", justify="right", no_wrap=True)
+    for other in others:
+        table.add_column(f"{other.split()[0]}, /s", justify="right", no_wrap=True)
+        table.add_column("ratio", justify="right", no_wrap=True)
+    table.add_column("of limit", justify="right", no_wrap=True)
     for row in report["rows"]:
-        cells = [str(row["batch"]), *(f"{row['tokens_per_second'][name]:,.1f}" for name in names)]
-        if "ratio" in row:
-            cells.append("{median:.2f} ({least:.2f} to {most:.2f})".format(**row["ratio"]))
+        cells = [str(row["batch"]), f"{row['tokens_per_second'][ours]:,.1f}"]
+        for other in others:
+            known = other in row["ratio"]
+            cells.append(f"{row['tokens_per_second'][other]:,.1f}" if known else "")
+            cells.append("{median:.2f} ({least:.2f} to {most:.2f})".format(**row["ratio"][other]) if known else "")
         table.add_row(*cells, f"{row['share_of_limit']:.0%}")
     console.print(table)
     say((f"the limit: every weight is read once a step, at most {report['memory_limit']:,.0f} times a second here", "dim"))

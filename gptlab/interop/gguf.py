@@ -75,12 +75,11 @@ def _library() -> Any:
 
 
 def _settings(writer: Any, model: ModelConfig, loaded: Loaded) -> None:
-    assert loaded.run is not None
     options: Any = model.attention
     ffn: Any = model.ffn
     norm: Any = model.norm
     position: Any = model.position
-    writer.add_name(loaded.run.name)
+    writer.add_name(loaded.run.name if loaded.run else "a model of gptlab's")
     writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.width)
     writer.add_block_count(model.depth)

@@ -265,7 +265,7 @@ def test_generation_is_timed_at_each_batch_beside_transformers_of_the_same_shape
     assert [row["batch"] for row in told["rows"]] == [1, 3]
     assert all(row["share_of_limit"] > 0 and min(row["tokens_per_second"].values()) > 0 for row in told["rows"])
     both = importlib.util.find_spec("transformers") is not None
-    assert all(("ratio" in row) == both for row in told["rows"])
+    assert all(any(n.startswith("transformers") for n in row["ratio"]) == both for row in told["rows"])
     assert bool(told["note"]) != both
     alone = json.loads(gptlab(*ours, "--model", "char", "--tokens", "1", "--rounds", "1", "--batch", "1").out)
     assert list(alone["rows"][0]["tokens_per_second"]) == ["gptlab fp32"]
