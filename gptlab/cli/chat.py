@@ -16,7 +16,7 @@ from gptlab.config.registry import suggest
 from gptlab.data.chat import Message, chat_format, check, end_tokens, render
 from gptlab.generate.engine import Made, generate
 from gptlab.generate.sampling import Sampling
-from gptlab.generate.text import TextStream
+from gptlab.generate.text import TextStream, prompt_ids
 from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
@@ -54,7 +54,7 @@ class Talk:
         tokeniser does not know, and then forgets it."""
         tokenizer = self.loaded.tokenizer
         if self.format is None:
-            prompt = [int(token) for token in tokenizer.encode(self.text + said)]
+            prompt = prompt_ids(tokenizer, self.text + said)
             self.text += said
             ends = end_tokens(tokenizer)
         else:

@@ -53,6 +53,8 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     """
     special: Mapping[str, int] = getattr(tokenizer, "special", {})
     end_of_text = end_tokens(tokenizer)
+    first: int | None = getattr(tokenizer, "begin_of_text", None)  # what an imported model may expect before every text
+    begin = () if first is None else (first,)
     opening: dict[str, tuple[int, ...]]
 
     def named(*names: str) -> frozenset[int]:
@@ -64,15 +66,15 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     if all(f"<|{role}_{side}|>" in special for role in ROLES for side in ("start", "end")):
         opening = {role: (special[f"<|{role}_start|>"],) for role in ROLES}
         end = {role: special[f"<|{role}_end|>"] for role in ROLES}
-        return ChatFormat("gptlab", (), opening, end, (), named("<|assistant_end|>"))
+        return ChatFormat("gptlab", begin, opening, end, (), named("<|assistant_end|>"))
     if {"<|im_start|>", "<|im_end|>"} <= special.keys():
         opening = {role: (special["<|im_start|>"], *plain(f"{role}\n")) for role in ROLES}
         end = dict.fromkeys(ROLES, special["<|im_end|>"])
-        return ChatFormat("chatml", (), opening, end, plain("\n"), named("<|im_end|>"))
+        return ChatFormat("chatml", begin, opening, end, plain("\n"), named("<|im_end|>"))
     if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= special.keys():
         head, tail, two = special["<|start_header_id|>"], special["<|end_header_id|>"], plain("\n\n")
         opening = {role: (head, *plain(role), tail, *two) for role in ROLES}
-        begin = (special["<|begin_of_text|>"],) if "<|begin_of_text|>" in special else ()
+        begin = begin or ((special["<|begin_of_text|>"],) if "<|begin_of_text|>" in special else ())
         end = dict.fromkeys(ROLES, special["<|eot_id|>"])
         return ChatFormat("llama3", begin, opening, end, (), named("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"), trims=True)
     return None

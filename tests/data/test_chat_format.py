@@ -64,6 +64,15 @@ def test_for_training_every_message_is_closed() -> None:
 
 
 @pytest.mark.parametrize("names", SPELLED)
+def test_what_an_imported_model_expects_before_every_text_goes_before_a_chat_once(names: tuple[str, ...]) -> None:
+    tokenizer = Special(*names)
+    tokenizer.begin_of_text = 256  # type: ignore[attr-defined]
+    made = render(TALK, tokenizer).tokens
+    assert (made[0], made.count(256)) == (256, 1)
+    assert tokenizer.special.get("<|begin_of_text|>") not in made
+
+
+@pytest.mark.parametrize("names", SPELLED)
 def test_an_answer_that_was_begun_goes_on(names: tuple[str, ...]) -> None:
     tokenizer = Special(*names)
     begun = render([*TALK[:2], Message("assistant", "Hel ")], tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ DONE = "document.querySelectorAll('.answer:not([data-state=streaming])').length"
 class Evil(ByteTokenizer):
     """Whatever the model draws is markup."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return EVIL * len(ids)
+    def token_bytes(self, token: int) -> bytes:
+        return EVIL.encode()
 
 
 class Letters(ByteTokenizer):
     """Every token is a letter, so that nothing of an answer is half a character."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(97 + i % 26) for i in ids)
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([97 + token % 26])
 
 
 class ChatLetters(ChatTokenizer):
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(97 + i % 26) for i in ids)
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([97 + token % 26])
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from gptlab.data.tokenizer import Tokenizer
 from gptlab.generate.server.errors import Refused
 from gptlab.generate.server.fields import Limits, Request
 from gptlab.generate.server.scheduler import Ask, Scheduler
+from gptlab.generate.text import prompt_ids
 from gptlab.model.transformer import Transformer
 
 
@@ -68,17 +69,18 @@ class Served:
     def told(self, token: int) -> tuple[str, list[int]]:
         """A token's text, and its bytes."""
         if token not in self._texts:
-            text = self.tokenizer.decode([token])
             try:
-                whole: bytes = getattr(self.tokenizer, "token_bytes", lambda _: text.encode())(token)
+                whole: bytes = getattr(self.tokenizer, "token_bytes", lambda _: b"")(token)
             except KeyError:  # a special token
-                whole = text.encode()
-            self._texts[token] = text, list(whole)
+                whole = b""
+            # By its bytes, where they are told: decoding a single token takes some for the beginning of a text, and their space away.
+            text = whole.decode("utf-8", errors="replace") if whole else self.tokenizer.decode([token])
+            self._texts[token] = text, list(whole or text.encode("utf-8", errors="replace"))
         return self._texts[token]
 
     def _encoded(self, text: str) -> tuple[int, ...]:
         try:
-            return tuple(int(token) for token in self.tokenizer.encode(text))
+            return tuple(prompt_ids(self.tokenizer, text))
         except ConfigError as error:
             raise Refused(400, str(error), param="prompt") from error
 
