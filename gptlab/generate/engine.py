@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gptlab.config.errors import ConfigError
 from gptlab.generate.sampling import Sampling, draw
-from gptlab.generate.weights import threads_for
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer
 
@@ -183,8 +182,7 @@ class Engine:
     @torch.inference_mode()
     def _feed(self) -> None:
         newest = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._device)
-        with threads_for(self.model, len(self.rows)):
-            self._logits = self.model(newest, cache=self._cache, reduce=_of_last)
+        self._logits = self.model(newest, cache=self._cache, reduce=_of_last)
 
     @torch.inference_mode()
     def _read(self, texts: Sequence[Sequence[int]], copies: int = 1) -> tuple[KVCache, Tensor]:

@@ -5,7 +5,6 @@ Where there is no compiler, or none that does, a NativeWarning says so once, and
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,9 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,23 +24,7 @@ from torch import Tensor
 from gptlab.data.corpus import home
 
 SOURCE = Path(__file__).with_name("product.c")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-pthread", "-fPIC", "-shared")
-
-
-_THREADS = threading.local()
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """In here torch keeps to one thread, and these products have all: its operations on few rows are too small to share, and its threads
-    would take the cores from ours, which read ahead meanwhile."""
-    _THREADS.all = threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        _THREADS.all = 0
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
 class NativeWarning(UserWarning):
@@ -94,7 +75,7 @@ class Product:
             x.numel() // self._inputs,
             self._outputs,
             self._inputs,
-            getattr(_THREADS, "all", 0) or torch.get_num_threads(),
+            torch.get_num_threads(),
         )
         if failed:
             raise MemoryError(f"no memory for a product with {tuple(x.shape)} numbers")
@@ -111,8 +92,10 @@ def _library() -> ctypes.CDLL:
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            whole = Path(folder) / "product.so"
-            subprocess.run([*command, str(SOURCE), "-o", str(whole)], capture_output=True, text=True, check=True)
+            part, whole = Path(folder) / "product.o", Path(folder) / "product.so"
+            # Linked without -fopenmp: its threads are then those of the OpenMP that torch has loaded. Two sets would fight for the cores.
+            for step in ([*command, "-c", str(SOURCE), "-o", str(part)], [*given, "-shared", str(part), "-o", str(whole)]):
+                subprocess.run(step, capture_output=True, text=True, check=True)
             whole.replace(made)
     library = ctypes.CDLL(str(made))
     library.multiply.argtypes = [*[ctypes.c_void_p] * 5, *[ctypes.c_long] * 3, ctypes.c_int]

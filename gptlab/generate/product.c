@@ -3,12 +3,12 @@
    W is (n, k), each row contiguous, of bf16 or of 8-bit numbers with a scale a row; x (b, k), bias (n) and y (b, n) are bf16; sums are
    fp32. Vectors are GNU C's, so that any CPU's compiler makes of them what the CPU has. Built and called by native.py. */
 
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* Declared here, since omp.h belongs to a compiler's own OpenMP, and these are to be torch's. */
+int omp_get_thread_num(void), omp_get_num_threads(void);
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -133,151 +133,17 @@ static float *spread(const uint16_t *x, long b, long wide, long k, int parts) {
     return out;
 }
 
-/* The threads of all products. Between two products the others wait for Python, and read ahead meanwhile: of the matrix that came after
-   this one last time, what will be theirs, so that memory is never idle. They sleep when nothing comes for a while. */
-
-#define SPINS 20000         /* looks at whether there is work, before a thread goes to sleep: under a millisecond */
-#define READ_AHEAD (2 << 20) /* bytes that a thread's own cache holds */
-#define TAKEN 128           /* rows that are taken at a time from the first thread's share */
-#define KNOWN 4096
-
-typedef struct {
-    const void *matrix, *next;
-    long bytes; /* of the next one */
-} sequel;
-
-static struct {
-    pthread_mutex_t busy, lock;
-    pthread_cond_t woken;
-    int threads;              /* that were started, the caller's among them */
-    unsigned born;            /* `number` when the newest threads were started */
-    atomic_uint number;       /* of products so far */
-    atomic_int left, sleeping;
-    _Atomic uint64_t first;   /* rows of the caller's share that nobody has taken: the end above, the beginning below */
-    product of;
-    const shape *by;
-    int all;                  /* threads of this product */
-    const char *next;
-    long next_bytes;
-    sequel known[KNOWN];
-    const void *last;
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 1};
-
-static sequel *after(const void *matrix) { return &pool.known[((uintptr_t)matrix >> 6) % KNOWN]; }
-
-static inline void rest(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-/* Rows from the caller's share until there are none: the caller from its beginning, the others from its end. */
-static void take(int from_end) {
-    for (;;) {
-        uint64_t open = atomic_load(&pool.first), closed;
-        long begin, end, taken;
-        do {
-            begin = (uint32_t)open, end = open >> 32;
-            if (begin >= end) return;
-            taken = end - begin < TAKEN ? end - begin : TAKEN;
-            closed = from_end ? (uint64_t)(end - taken) << 32 | begin : (uint64_t)end << 32 | (begin + taken);
-        } while (!atomic_compare_exchange_weak(&pool.first, &open, closed));
-        if (from_end) rows(&pool.of, pool.by, end - taken, end);
-        else rows(&pool.of, pool.by, begin, begin + taken);
-    }
-}
-
-static void *work(void *given) {
-    const long thread = (long)given;
-    unsigned seen = pool.born;
-    for (;;) {
-        const int all = pool.all;
-        if (pool.next && thread < all) {
-            const char *from = pool.next + pool.next_bytes / all * thread, *end = from + pool.next_bytes / all;
-            if (end > from + READ_AHEAD) end = from + READ_AHEAD;
-            for (; from < end && atomic_load_explicit(&pool.number, memory_order_relaxed) == seen; from += 1024)
-                for (int line = 0; line < 1024; line += 64) __builtin_prefetch(from + line, 0, 2);
-        }
-        for (int spin = 0; spin < SPINS && atomic_load_explicit(&pool.number, memory_order_relaxed) == seen; spin++) rest();
-        if (atomic_load(&pool.number) == seen) {
-            pthread_mutex_lock(&pool.lock);
-            atomic_fetch_add(&pool.sleeping, 1);
-            while (atomic_load(&pool.number) == seen) pthread_cond_wait(&pool.woken, &pool.lock);
-            atomic_fetch_sub(&pool.sleeping, 1);
-            pthread_mutex_unlock(&pool.lock);
-        }
-        seen = atomic_load(&pool.number);
-        if (thread < pool.all) {
-            rows(&pool.of, pool.by, pool.of.n * thread / pool.all, pool.of.n * (thread + 1) / pool.all);
-            take(1);
-        }
-        atomic_fetch_sub(&pool.left, 1);
-    }
-    return 0;
-}
-
-/* A forked process has none of the threads, and a lock may be held by one that it has not. */
-static void forked(void) {
-    pthread_mutex_init(&pool.busy, 0);
-    pthread_mutex_init(&pool.lock, 0);
-    pthread_cond_init(&pool.woken, 0);
-    pool.threads = 1;
-    pool.next = pool.last = 0;
-    atomic_store(&pool.number, 0);
-    atomic_store(&pool.left, 0);
-    atomic_store(&pool.sleeping, 0);
-}
-
-__attribute__((constructor)) static void loaded(void) { pthread_atfork(0, 0, forked); }
-
-static void start(int threads) {
-    pool.born = atomic_load(&pool.number); /* no product is under way: the next is the first that they have to see */
-    for (pthread_t thread; pool.threads < threads; pool.threads++) {
-        if (pthread_create(&thread, 0, work, (void *)(long)pool.threads)) return;
-        pthread_detach(thread);
-    }
-}
-
-static void together(int threads) {
-    const product *of = &pool.of;
-    const long bytes = of->n * of->k * (of->scale ? 1 : 2);
-    sequel *mine = after(of->matrix), *before = after(pool.last);
-    pool.all = threads;
-    if (pool.last) *before = (sequel){pool.last, of->matrix, bytes};
-    pool.last = of->matrix;
-    pool.next = mine->matrix == of->matrix ? mine->next : 0;
-    pool.next_bytes = mine->bytes;
-    atomic_store(&pool.first, (uint64_t)(of->n / threads) << 32);
-    atomic_store(&pool.left, pool.threads - 1);
-    atomic_fetch_add(&pool.number, 1);
-    if (atomic_load(&pool.sleeping)) {
-        pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.woken);
-        pthread_mutex_unlock(&pool.lock);
-    }
-    take(0);
-    for (int spin = 0; atomic_load(&pool.left); spin++) /* a thread may have lost its core to another process */
-        if (spin < SPINS) rest();
-        else sched_yield();
-}
-
 /* Returns 0, or 1 where memory was wanting. `scale` is null for bf16, which is how the two are told apart; `bias` may be null. */
 int multiply(const void *matrix, const float *scale, const uint16_t *x, const uint16_t *bias, uint16_t *y, long b, long n, long k, int threads) {
     const shape *by = &shapes[scale != 0][b > 4 ? 3 : b > 2 ? 2 : b - 1];
     float *vectors = spread(x, b, (b + by->wide - 1) / by->wide * by->wide, k, scale ? 4 : 2);
     if (!vectors) return 1;
     const product of = {matrix, scale, vectors, bias, y, b, n, k};
-    const int shared = threads > 1 && n * k * (scale ? 1 : 2) >= SMALL && n < INT32_MAX;
-    if (shared && !pthread_mutex_trylock(&pool.busy)) { /* else another caller has the threads, and this one its own core */
-        if (pool.threads < threads) start(threads);
-        pool.of = of;
-        pool.by = by;
-        together(threads < pool.threads ? threads : pool.threads);
-        pthread_mutex_unlock(&pool.busy);
-    } else {
-        rows(&of, by, 0, n);
+    if (n * k * (scale ? 1 : 2) < SMALL) threads = 1;
+    #pragma omp parallel num_threads(threads)
+    {
+        const long thread = omp_get_thread_num(), all = omp_get_num_threads(); /* it may be fewer than were asked for */
+        rows(&of, by, n * thread / all, n * (thread + 1) / all);
     }
     free(vectors);
     return 0;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +54,6 @@ def for_generation(model: Transformer, precision: str) -> Transformer:
     return model
 
 
-def threads_for(model: Transformer, rows: int) -> contextlib.AbstractContextManager[None]:
-    """What a step of so many rows is to be done within: where its products are `native`, torch keeps to one thread."""
-    multiply = getattr(model.head, "multiply", None)
-    return native.alone() if isinstance(multiply, (_Bf16, _Int8)) and multiply.is_native(rows) else contextlib.nullcontext()
-
-
 def held_bytes(model: Transformer) -> int:
     """Bytes of a model's weights, whatever form `for_generation` gave them."""
     products = {id(p): p for m in model.modules() for p in (getattr(m, "product", None), getattr(m, "multiply", None))}
@@ -76,16 +69,12 @@ class _Bf16:
         self._few = native.Product(self._weight) if native.available() else None
 
     def __call__(self, x: Float[Tensor, "... d"], weight: Tensor, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
-        if self._few is not None and self.is_native(_rows(x)):
+        if self._few is not None and _rows(x) <= BF16_ROWS:
             return self._few(x, bias)
         # The matrix first: torch lays out anew what comes second, at every product, and that takes longer than the product.
         product = self._weight @ x.reshape(-1, x.shape[-1]).t()
         product = (product if bias is None else product + bias[:, None]).t()
         return product.reshape(*x.shape[:-1], -1)
-
-    def is_native(self, rows: int) -> bool:
-        """Whether a product of so many rows is in C."""
-        return self._few is not None and rows <= BF16_ROWS
 
 
 class _Int8:
@@ -103,7 +92,7 @@ class _Int8:
 
     def __call__(self, x: Float[Tensor, "... d"], weight: Tensor, bias: Tensor | None = None, *, narrow: bool = False) -> Tensor:
         x = F.pad(x, (0, self._spare)) if self._spare else x
-        if self._few is not None and self.is_native(_rows(x)):
+        if self._few is not None and _rows(x) <= INT8_ROWS:
             return self._few(x, bias)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= TORCH_INT8_ROWS and x.device.type == "cpu":
@@ -112,10 +101,6 @@ class _Int8:
         else:
             product = F.linear(rows, self._weight.to(x.dtype) * self._scale[:, None].to(x.dtype), bias)
         return product.view(*x.shape[:-1], -1)
-
-    def is_native(self, rows: int) -> bool:
-        """Whether a product of so many rows is in C."""
-        return self._few is not None and rows <= INT8_ROWS
 
 
 def _rows(x: Tensor) -> int:
