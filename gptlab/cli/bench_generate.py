@@ -131,14 +131,14 @@ def _row(batch: int, by_name: dict[str, list[float]], limit: float) -> dict[str,
 def _show(report: dict[str, Any]) -> None:
     names = list(dict.fromkeys(name for row in report["rows"] for name in row["tokens_per_second"]))
     where = f"{report['device']}, {report['threads']} threads" if report["device"] == "cpu" else report["device"]
-    what = f"{report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}"
+    what = f"tokens/s of {report['new_tokens']} new tokens after {report['prompt_tokens']}, top-k {report['top_k']}"
     title = f"{report['model']}, {report['precision']}, {what}, {where}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     ours, *others = names
     table.add_column("batch", no_wrap=True)
-    table.add_column(f"{ours.split()[0]}, /s", justify="right", no_wrap=True)
+    table.add_column(ours.split()[0], justify="right", no_wrap=True)
     for other in others:
-        table.add_column(f"{other.split()[0]}, /s", justify="right", no_wrap=True)
+        table.add_column(other.split()[0], justify="right", no_wrap=True)
         table.add_column("ratio", justify="right", no_wrap=True)
     table.add_column("of limit", justify="right", no_wrap=True)
     for row in report["rows"]:
@@ -146,7 +146,8 @@ def _show(report: dict[str, Any]) -> None:
         for other in others:
             known = other in row["ratio"]
             cells.append(f"{row['tokens_per_second'][other]:,.1f}" if known else "")
-            cells.append("{median:.2f} ({least:.2f} to {most:.2f})".format(**row["ratio"][other]) if known else "")
+            shown = "{median:.2f} ({least:.2f} to {most:.2f})" if len(others) == 1 else "{median:.2f}"  # 80 columns hold no two ranges
+            cells.append(shown.format(**row["ratio"][other]) if known else "")
         table.add_row(*cells, f"{row['share_of_limit']:.0%}")
     console.print(table)
     say((f"the limit: every weight is read once a step, at most {report['memory_limit']:,.0f} times a second here", "dim"))

@@ -14,7 +14,7 @@ typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
 
 #define LANES 16
-#define AHEAD 1024      /* bytes: what is asked for so early is there when it is read */
+#define AHEAD 2560      /* bytes: what is asked for so early is there when it is read */
 #define SMALL (1 << 15) /* bytes of a matrix for which waking another thread takes longer than it saves */
 #define ALL _Pragma("GCC unroll 8")
 
