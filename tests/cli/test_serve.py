@@ -114,7 +114,7 @@ def test_votes_come_to_the_study_and_into_its_comparison(runs: list[str], served
     assert (tally.arm, tally.against, tally.votes, tally.ties) == ("rmsnorm", "layernorm", 3, 1)
     shown = gptlab("compare", "arms").out
     assert "votes on blind pairs" in shown
-    assert "rmsnorm against layernorm" in shown
+    assert "rmsnorm against" in shown
 
 
 def test_what_cannot_be_served_is_refused_in_a_sentence(runs: list[str], gptlab: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,9 +149,10 @@ def test_gguf_refuses_what_llama_cpp_has_not(corpus_file: Path, tmp_path: Path) 
     ):
         with pytest.raises(ConfigError, match=said):
             export_to(trained(corpus_file, *changes), "gguf", tmp_path / "m.gguf")
-    corpus_file.write_text("größer und kleiner, " * 400)
+    german = tmp_path / "german.txt"
+    german.write_text("größer und kleiner, " * 400)
     with pytest.raises(ConfigError, match=r"data/tokenizer=char has characters of several bytes"):
-        export_to(trained(corpus_file, "model/position=learned"), "gguf", tmp_path / "m.gguf")
+        export_to(trained(german, "model/position=learned"), "gguf", tmp_path / "m.gguf")
 
 
 @pytest.mark.slow
