@@ -11,7 +11,7 @@ import typer
 
 from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
 from gptlab.cli.commands import bench_app, chat, data_app, serve
-from gptlab.cli.exchange import export_model, import_model
+from gptlab.cli.exchange import evaluate_runs, export_model, import_model
 from gptlab.config.errors import GptlabError
 
 app = typer.Typer(
@@ -351,6 +351,7 @@ def runs_fetch(
 
 app.command("import")(import_model)
 app.command("export")(export_model)
+app.command("evaluate")(evaluate_runs)
 
 
 def main() -> None:

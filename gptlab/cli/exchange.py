@@ -1,4 +1,4 @@
-"""`gptlab import` and `gptlab export`: models from elsewhere, and for elsewhere."""
+"""`gptlab import`, `gptlab export` and `gptlab evaluate`: models from elsewhere and for elsewhere, and what they are worth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gptlab.cli.arguments import CheckpointOption, RunArgument, WeightsOption
+from gptlab.cli.arguments import CheckpointOption, JsonOption, RunArgument, WeightsOption
 
 
 def import_model(
@@ -84,3 +84,32 @@ def export_model(
         from gptlab.interop.hub import push as send
 
         say(f"sent to {send(written.path, push, private=not public)}")
+
+
+def evaluate_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN…", help="Directories, identities, unique prefixes, `latest`, exported files.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="This text in place of a run's held-out sets; may be given several times.", metavar="FILE")
+    ] = None,
+    stride: Annotated[int, typer.Option(help="Of --text: tokens from one window to the next; 0: the whole context.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Of each text at most so many; 0: all.")] = 0,
+    checkpoint: CheckpointOption = "latest",
+    weights: WeightsOption = "default",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "fp32",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure runs on their held-out sets or on any text: loss, bits a byte, by place, frequency and length, calibration."""
+    from gptlab.cli.evaluate import evaluate
+
+    evaluate(
+        runs,
+        files=text or [],
+        stride=stride,
+        tokens=tokens,
+        checkpoint=checkpoint,
+        weights=weights,
+        device=device,
+        precision=precision,
+        as_json=as_json,
+    )
