@@ -23,6 +23,7 @@ from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
 from gptlab.tracker.console import PreparationProgress, console, say
 
+LONGEST = 24  # letters of a run's name in a table
 HEAD = ("tokens", "loss", "perplexity", "bits/byte", "right", "off by")
 
 
@@ -106,11 +107,12 @@ def _held_out(loaded: Loaded, reference: str, name: str, tokens: int, told: dict
 
 
 def _name(loaded: Loaded, reference: str, known: Sequence[str]) -> str:
-    """What a run is called in the tables."""
+    """What a run is called in the tables: its arm, its name or what it was asked for by, the first that is short and its own."""
     if loaded.run is None:
         return Path(reference).name
-    name = loaded.config.arm or loaded.run.name
-    return name if name not in known and len(name) <= 24 else loaded.run.identity
+    asked = "" if reference == "latest" or Path(reference).is_dir() else reference.rpartition("/")[2]
+    names = (name for name in (loaded.config.arm, loaded.run.name, asked) if name and len(name) <= LONGEST and name not in known)
+    return next(names, loaded.run.identity)
 
 
 def _show(found: Sequence[tuple[str, str, Figures]], told: dict[str, dict[str, str]]) -> None:
