@@ -24,6 +24,7 @@ class HuggingFaceTokenizer:
 
     name = "huggingface"
     separator = ""
+    comes_fitted = True  # nothing can be asked of it before `restore`
 
     def __init__(self) -> None:
         self.vocabulary = 0

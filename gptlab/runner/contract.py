@@ -51,7 +51,7 @@ def contract(component: Component, options: Options | None = None) -> list[Check
         promises |= {"descent": lambda: _descent(chosen), "resume": lambda: _resume(chosen)}
     elif slot == "schedule":
         promises |= {"range": lambda: _range(chosen), "continuity": lambda: _continuity(chosen)}
-    elif slot == "data/tokenizer":
+    elif slot == "data/tokenizer" and not getattr(component.factory, "comes_fitted", False):
         promises |= {"round trip": lambda: _round_trip(chosen), "restore": lambda: _restore(chosen)}
     else:
         promises["build"] = lambda: _build(chosen)
