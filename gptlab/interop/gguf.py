@@ -139,7 +139,8 @@ def _tokens(writer: Any, tokenizer: Tokenizer, words: Mapping[str, Any]) -> None
     writer.add_tokenizer_pre(words["split"])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(words["merges"])
+    # llama.cpp opens no file without merges: one of two NUL bytes, to a token that is not there, changes no text.
+    writer.add_token_merges(words["merges"] or ["\u0100 \u0100"])
     if tokenizer.end_of_text is not None:
         writer.add_eos_token_id(tokenizer.end_of_text)
     begin = getattr(tokenizer, "begin_of_text", None)

@@ -139,6 +139,23 @@ def test_gguf_holds_the_same_model(name: str, dtype: str, corpus_file: Path, tmp
     assert made.opens == f"llama-cli -m {made.path} opens it"
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_llama_cpp_opens_a_tokeniser_that_merges_nothing(tokenizer: str, corpus_file: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    run = trained(corpus_file, *SHAPES["llama"], f"data/tokenizer={tokenizer}")
+    export_to(run, "gguf", tmp_path / "m.gguf")
+    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.merges"].contents(), "llama.cpp opens no file without any"
+    llama_cpp = pytest.importorskip("llama_cpp")
+    theirs, ours = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=16, n_threads=1, verbose=False, logits_all=True), load(run)
+    text = "the king  sings"
+    ids = ours.tokenizer.encode(text).tolist()
+    assert theirs.tokenize(text.encode(), add_bos=False, special=False) == ids
+    theirs.eval(ids)
+    found = torch.tensor(theirs.scores[: len(ids)])
+    theirs.close()
+    torch.testing.assert_close(found, logits(ours.model, torch.tensor([ids]))[0], rtol=0, atol=5e-3)  # its cache is fp16
+
+
 def test_gguf_refuses_what_llama_cpp_has_not(corpus_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     for changes, said in (
