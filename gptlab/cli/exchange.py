@@ -93,13 +93,19 @@ def evaluate_runs(
     ] = None,
     stride: Annotated[int, typer.Option(help="Of --text: tokens from one window to the next; 0: the whole context.")] = 0,
     tokens: Annotated[int, typer.Option(help="Of each text at most so many; 0: all.")] = 0,
+    tasks: Annotated[str, typer.Option(help="Benchmarks of lm-evaluation-harness instead: hellaswag,arc_easy,….", metavar="NAME,…")] = "",
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Tasks of your own: YAML over files, no network needed.", metavar="FOLDER")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Of --tasks: examples shown before each; as the task has it, unless given.")] = None,
+    limit: Annotated[int, typer.Option(help="Of --tasks: examples of each at most; 0: all.")] = 0,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "fp32",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure runs on their held-out sets or on any text: loss, bits a byte, by place, frequency and length, calibration."""
+    """Measure runs on their held-out sets or any text (loss, bits a byte, by place and frequency, calibration), or on benchmarks."""
     from gptlab.cli.evaluate import evaluate
 
     evaluate(
@@ -112,4 +118,8 @@ def evaluate_runs(
         device=device,
         precision=precision,
         as_json=as_json,
+        tasks=tasks,
+        folder=task_folder,
+        shots=shots,
+        limit=limit,
     )
