@@ -153,7 +153,10 @@ def benchmarks(
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'gptlab[eval]'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     evaluator, manager = importlib.import_module("lm_eval.evaluator"), importlib.import_module("lm_eval.tasks")
-    known = manager.TaskManager(include_path=None if folder is None else str(folder))
+    own = None if folder is None else str(folder)
+    known = manager.TaskManager(include_path=own, include_defaults=False) if own else None
+    if known is None or not set(tasks) <= set(known.all_tasks):  # to read what the harness brings takes many seconds
+        known = manager.TaskManager(include_path=own)
     for task in tasks:
         if task not in known.all_tasks:
             near = difflib.get_close_matches(task, known.all_tasks, n=3)
