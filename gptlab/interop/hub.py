@@ -66,5 +66,8 @@ def _told(error: Exception, name: str, revision: str | None, *, writing: bool = 
         return ConfigError(f"--push {name}: the hub does not let this account write there; `hf auth login` or HF_TOKEN gives another")
     if isinstance(error, errors.RepositoryNotFoundError):
         return ConfigError(f"{at}: the hub has no such model, or only for those with a token (`hf auth login`); nor is it a folder here")
-    said = " ".join(str(error).split())[:150] or type(error).__name__
-    return IOFailure(f"{at}: the hub could not be reached ({type(error).__name__}: {said}); HF_HUB_OFFLINE=1 takes what was fetched before")
+    first: BaseException = error
+    while (before := first.__cause__ or first.__context__) is not None:  # the library's own words go round it
+        first = before
+    said = " ".join(str(first).split())[:150] or type(first).__name__
+    return IOFailure(f"{at}: the hub could not be reached ({said}); HF_HUB_OFFLINE=1 takes what was fetched before")

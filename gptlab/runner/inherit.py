@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,12 +38,14 @@ def inherit(config: Config, overrides: Sequence[str]) -> Config:
     keys = [o.lstrip("+~").partition("=")[0] for o in overrides]
     if any(key.partition("@")[0] == "data/tokenizer" or key.startswith("data.tokenizer.") for key in keys):
         raise ConfigError("trainer.init_from brings the tokeniser of its run, by which the weights are numbered: leave data/tokenizer out")
-    parent, step = _parent(config.trainer.init_from)
+    parent, found = _parent(config.trainer.init_from)
     model = config.model if "model" in keys else _model(config.model, parent.config().model, keys)
     options: Any = component("data/tokenizer", "file").options
     tokenizer = options(path=str((parent.directory / "tokenizer.json").resolve()))
     data = replace(config.data, tokenizer=tokenizer)
-    return replace(config, model=model, data=data, trainer=replace(config.trainer, init_from=f"{parent.identity}@{step}"))
+    return replace(
+        config, model=model, data=data, trainer=replace(config.trainer, init_from=f"{parent.identity}@{checkpoint.step_of(found)}")
+    )
 
 
 def _model(composed: ModelConfig, theirs: ModelConfig, keys: Sequence[str]) -> ModelConfig:
@@ -59,11 +62,11 @@ def _model(composed: ModelConfig, theirs: ModelConfig, keys: Sequence[str]) -> M
     return made  # type: ignore[no-any-return]
 
 
-def _parent(reference: str) -> tuple[Run, int]:
-    """The run of RUN[@STEP], and the step."""
+def _parent(reference: str) -> tuple[Run, Path]:
+    """The run of RUN[@STEP], and the checkpoint, whole."""
     name, mark, which = reference.rpartition("@")
     parent = find_run(name if mark else which)
-    return parent, checkpoint.step_of(checkpoint.choose(parent.checkpoints, which if mark else "latest"))
+    return parent, checkpoint.choose(parent.checkpoints, which if mark else "latest")
 
 
 def begin(trainer: Trainer) -> None:
@@ -71,8 +74,7 @@ def begin(trainer: Trainer) -> None:
 
     Raises ConfigError naming the first tensor of another shape.
     """
-    parent, step = _parent(trainer.config.trainer.init_from)
-    found = checkpoint.choose(parent.checkpoints, str(step))
+    parent, found = _parent(trainer.config.trainer.init_from)
     own = trainer.model.state_dict()
     if trainer.strategy.sharded:
         sharded.load_into(found, own, trainer.world.writers())
@@ -81,6 +83,7 @@ def begin(trainer: Trainer) -> None:
         _, weights, _ = load_weights(found)
         checkpoint.fill(trainer.model, fitted(weights, own, f"trainer.init_from={trainer.config.trainer.init_from}"), found)
     if trainer.world.first:
+        step = checkpoint.step_of(found)
         trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})
 
 
