@@ -102,7 +102,7 @@ class ByteTokenizer:
 
     name = "byte"
     vocabulary = 257
-    end_of_text = 256
+    end_of_text: int | None = 256
     separator = ""
 
     def fit(self, texts: Iterable[str]) -> None:

@@ -30,7 +30,13 @@ from gptlab.generate.server.served import Served  # noqa: E402
 ROLES = tuple(f"<|{role}_{side}|>" for role in ("system", "user", "assistant") for side in ("start", "end"))
 
 
-class ChatTokenizer(ByteTokenizer):
+class Endless(ByteTokenizer):
+    """Bytes, and no token that ends a text: one that is drawn with a random seed has as many tokens as are asked for."""
+
+    end_of_text = None
+
+
+class ChatTokenizer(Endless):
     """Bytes, and the tokens of a chat."""
 
     special: ClassVar[dict[str, int]] = {name: 257 + i for i, name in enumerate(ROLES)}
@@ -49,7 +55,7 @@ def tiny_model(tokenizer: Tokenizer, *overrides: str, context: int = 32, seed: i
 
 def served(name: str = "tiny", *, chat: bool = False, slow: float = 0.0, seed: int = 0, **options: Any) -> Served:
     """`slow`: seconds that each step takes besides."""
-    tokenizer: Any = options.pop("tokenizer", None) or (ChatTokenizer() if chat else ByteTokenizer())
+    tokenizer: Any = options.pop("tokenizer", None) or (ChatTokenizer() if chat else Endless())
     model = tiny_model(tokenizer, seed=seed)
     if slow:
         model.register_forward_pre_hook(lambda *_: time.sleep(slow))

@@ -10,22 +10,21 @@ from typing import Any
 
 import pytest
 
-from gptlab.data.tokenizer import ByteTokenizer
 from tests.browser import Browser, browser
-from tests.generate.serving import ChatTokenizer, served, serving
+from tests.generate.serving import ChatTokenizer, Endless, served, serving
 
 EVIL = '<img src=x onerror="window.ran=1"><script>window.ran=2</script>'
 DONE = "document.querySelectorAll('.answer:not([data-state=streaming])').length"
 
 
-class Evil(ByteTokenizer):
+class Evil(Endless):
     """Whatever the model draws is markup."""
 
     def token_bytes(self, token: int) -> bytes:
         return EVIL.encode()
 
 
-class Letters(ByteTokenizer):
+class Letters(Endless):
     """Every token is a letter, so that nothing of an answer is half a character."""
 
     def token_bytes(self, token: int) -> bytes:
