@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,12 +22,16 @@ HELD_OUT = 1  # the part of a task's rows that is not trained on
 
 @dataclass
 class Batch:
-    """b rows of t tokens: the token to see, the one to predict, how much it counts (None: all 1), its document (None: not told)."""
+    """b rows of t tokens: the token to see, the one to predict, how much it counts (None: all 1), its document (None: not told).
+
+    `extra`: what an objective wants to know of the rows besides, by name: (b, …).
+    """
 
     inputs: Int[Tensor, "b t"]
     targets: Int[Tensor, "b t"]
     weight: Float[Tensor, "b t"] | None = None
     document: Int[Tensor, "b t"] | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def token_weight(self) -> float:
@@ -47,18 +51,21 @@ class Batch:
         for start in range(0, len(self.inputs), rows):
             here = slice(start, start + rows)
             weight, document = (t[here] if t is not None else None for t in (self.weight, self.document))
-            found.append(Batch(self.inputs[here], self.targets[here], weight, document))
+            extra = {name: t[here] for name, t in self.extra.items()}
+            found.append(Batch(self.inputs[here], self.targets[here], weight, document, extra))
         return found
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         if device.type == "cpu":
             return self
-        moved = [
-            t.pin_memory().to(device, non_blocking=True) if t is not None and device.type == "cuda" else t if t is None else t.to(device)
-            for t in (self.inputs, self.targets, self.weight, self.document)
-        ]
-        return Batch(*moved)  # type: ignore[arg-type]
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        weight, document = (t if t is None else moved(t) for t in (self.weight, self.document))
+        extra = {name: moved(t) for name, t in self.extra.items()}
+        return Batch(moved(self.inputs), moved(self.targets), weight, document, extra)
 
 
 def _batch(rows: Fetched) -> Batch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,10 +16,14 @@ from gptlab.config.compose import inherits
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component
 from gptlab.config.schema import Config, ModelConfig
+from gptlab.hardware.precision import in_precision
+from gptlab.model.transformer import Transformer, new_model
 from gptlab.runner import checkpoint, sharded
 from gptlab.runner.averages import load_weights
 from gptlab.runner.run import Run, find_run
-from gptlab.runner.trainer import Trainer
+
+if TYPE_CHECKING:
+    from gptlab.runner.trainer import Trainer
 
 PARENT = "parent.json"  # in the run's folder: whose weights it began with
 TABLE = "position.table.weight"  # of learned positions: a shorter context takes the first of them
@@ -85,6 +89,27 @@ def begin(trainer: Trainer) -> None:
     if trainer.world.first:
         step = checkpoint.step_of(found)
         trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})
+
+
+def initial(trainer: Trainer) -> Transformer:
+    """A model with the weights that a run begins with, on its device, in evaluation mode, without gradients.
+
+    Raises ConfigError for a branch, whose beginning is another run's step, and for a sharded model.
+    """
+    config = trainer.config
+    if config.trainer.start:
+        raise ConfigError(
+            "trainer.start goes on with a training; an objective that looks back at its first weights wants trainer.init_from"
+        )
+    if trainer.strategy.sharded:
+        raise ConfigError("an objective that looks back at its first weights holds them whole: use hardware/strategy=single or ddp")
+    model = new_model(config.model, trainer.data.vocabulary, int(config.seeds.init or 0))
+    if config.trainer.init_from:
+        _, found = _parent(config.trainer.init_from)
+        weights = fitted(load_weights(found)[1], model.state_dict(), f"trainer.init_from={config.trainer.init_from}")
+        checkpoint.fill(model, weights, found)
+    in_precision(model, config.hardware.precision)
+    return model.to(trainer.device).eval().requires_grad_(False)
 
 
 def fitted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
