@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gptlab.config.errors import ConfigError
 from gptlab.config.schema import Config
 from gptlab.data.loader import Batch
 from gptlab.data.prepared import Prepared
@@ -53,8 +54,19 @@ class Objective:
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def adapt(self, model: Transformer) -> None:
-        """Before the optimizer is made: freeze parameters, or add some. The weights are not there yet."""
+    def check(self, data: Prepared) -> None:
+        """Raise ConfigError for data that it cannot learn from."""
+        if data.pairs:
+            raise ConfigError(
+                "this data is pairs of a better and a worse answer, which objective=dpo learns from; "
+                "data/corpus=chat takes the better ones as chats"
+            )
+
+    def adapt(self, model: Transformer, seed: int, new_tokens: int) -> None:
+        """Before the optimizer is made: freeze parameters, or add some, drawn by `seed`. The weights are not there yet.
+
+        `new_tokens`: how many of the vocabulary the weights to come do not know.
+        """
 
     def begin(self, training: Training) -> None:
         """Before the first step of a session, the weights being there."""

@@ -106,7 +106,7 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)
         objective = hooked(build(config.objective))
-        objective.adapt(model)
+        objective.adapt(model, 0, 0)
         weights = held.now  # a constant of the run from here on, as is what stays when the first step is over
         held.widths = (vocabulary, model.embedding.weight.shape[0])
         optimizer: torch.optim.Optimizer = build(

@@ -306,6 +306,8 @@ def _announce(trainer: Trainer, title: str) -> None:
     if (dropped := trainer.loader.dropped) is not None:
         line += f"; best_fit packing drops {dropped:.1%} of the text"
     say((line, "dim"))
+    if told := trainer.loader.described:
+        say((f"  {told}", "dim"))
     if trainer.config.model.dial:
         say((f"  {described(trainer.config, trainer.steps)}", "dim"))
 

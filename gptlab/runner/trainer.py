@@ -69,13 +69,14 @@ class Trainer:
         self.batch_tokens, self.micro_batch = int(config.trainer.batch_tokens), int(config.hardware.micro_batch)
         init_seed, data_seed, self._dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
         model = new_model(config.model, data.vocabulary, init_seed)
-        source = training_rows(data, context, config.data.packing, data_seed)
+        source = training_rows(data, context, config.data.packing, data_seed, config.data.too_long)
         rank, ranks = self.world.rank, self.world.size
         self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents, rank=rank, ranks=ranks)
         self.flops_per_token = flops_per_token(model)
         self.parameters = count_parameters(model)["total"]
         self.objective = hooked(build(config.objective))
-        self.objective.adapt(model)
+        self.objective.check(data)
+        self.objective.adapt(model, init_seed, inherit.new_tokens(config, data.vocabulary))
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)
         self.model: Transformer = self.strategy.place(model, self.device)
@@ -244,7 +245,7 @@ class Trainer:
         clip = self.config.trainer.gradient_clip
         norm = sharded.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip > 0 else math.inf)).item()
         loss_value, bad_ranks = self._exchange(total.item())
-        told = self.guard.judge(loss_value, norm, bad_ranks)
+        told = self.guard.judge(loss_value, norm, bad_ranks, share)
         if told is None:
             self.scaler.update()  # it has looked at these gradients, and would refuse the next ones
             self.optimizer.zero_grad(set_to_none=True)
