@@ -32,7 +32,7 @@ BUILTIN = (
     *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "experts", "block")),
     *(f"gptlab.model.{m}" for m in ("input", "stream", "value", "gate", "head", "init", "parametrisation")),
     *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe", "huggingface", "tokenizer_file")),
-    *(f"gptlab.data.{m}" for m in ("chat_tokens", "chat_corpus")),
+    *(f"gptlab.data.{m}" for m in ("chat_tokens", "chat_corpus", "drills")),
     "gptlab.hardware.checkpointing",
     "gptlab.hardware.strategy",
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),

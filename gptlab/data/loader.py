@@ -188,7 +188,7 @@ def held_out_documents(data: Prepared, name: str, context: int, limit: int) -> n
     if data.task is not None:
         return np.arange(-(-limit // context) if limit else TASK_ROWS)
     if data.chat:
-        return np.arange(_held_out_rows(held_out_chats(data, name, context), limit))
+        return np.arange(held_out_rows(held_out_chats(data, name, context), limit))
     stream = data.stream(name)
     starts, _, _ = _evaluation_windows(stream, context, limit)
     return np.searchsorted(stream.document_starts(), starts, side="right")
@@ -198,7 +198,7 @@ def held_out_batches(data: Prepared, name: str, context: int, limit: int, rows: 
     """The batches of a held-out set: of a text as in `evaluation_batches`, of chats every one once, of a task rows never trained on."""
     if data.chat:
         chats = held_out_chats(data, name, context)
-        count = _held_out_rows(chats, limit)
+        count = held_out_rows(chats, limit)
         for first in range(0, count, rows):
             place = np.arange(first, min(first + rows, count), dtype=np.int64)
             yield batch_of(chats.chosen(place) if chats.pairs else chats.fetch(place, documents))
@@ -221,5 +221,6 @@ def held_out_chats(data: Prepared, name: str, context: int) -> Conversations:
     return found
 
 
-def _held_out_rows(chats: Conversations, limit: int) -> int:
+def held_out_rows(chats: Conversations, limit: int) -> int:
+    """How many rows of held-out chats are measured: of at most `limit` tokens, 0: all."""
     return min(chats.epoch_rows, -(-limit // chats.context)) if limit else chats.epoch_rows

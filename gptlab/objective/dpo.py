@@ -19,7 +19,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.record import record
 from gptlab.config.registry import register
 from gptlab.data.conversations import Conversations
-from gptlab.data.loader import Batch, batch_of, held_out_chats
+from gptlab.data.loader import Batch, batch_of, held_out_chats, held_out_rows
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.precision import autocast
 from gptlab.model.transformer import Transformer
@@ -143,13 +143,13 @@ class DPO(Adapting):
 
     @torch.no_grad()
     def measure(self, training: Training) -> Metrics:
-        """`val/reward_margin`, `val/reward_accuracy`, … and `val/preference_loss`, over all held-out pairs."""
-        chats = _sets(training)["val"]
+        """`val/reward_margin`, `val/reward_accuracy`, … and `val/preference_loss`, over the held-out pairs."""
+        chats, limit = _sets(training)["val"], training.config.data.validation_tokens
         model = training.trained
         was_training = model.training
         model.eval()
         parts = []
-        for batch in _batches(chats):
+        for batch in _batches(chats, limit):
             pairs = batch.extra["pair"]
             parts.append((_sums(model, batch, training).cpu() - self.reference["val"][pairs.clamp(min=0)])[pairs >= 0])
         model.train(was_training)
@@ -199,10 +199,11 @@ def _sets(training: Training) -> dict[str, Conversations]:
     return {"train": train, "val": held_out_chats(data, "val", context)}
 
 
-def _batches(chats: Conversations) -> Iterator[Batch]:
-    rows = max(1, READ // chats.context)
-    for first in range(0, chats.epoch_rows, rows):
-        yield batch_of(chats.fetch(np.arange(first, min(first + rows, chats.epoch_rows), dtype=np.int64), True))
+def _batches(chats: Conversations, limit: int = 0) -> Iterator[Batch]:
+    """All rows; at most `limit` tokens of them, where it is given."""
+    rows, count = max(1, READ // chats.context), held_out_rows(chats, limit)
+    for first in range(0, count, rows):
+        yield batch_of(chats.fetch(np.arange(first, min(first + rows, count), dtype=np.int64), True))
 
 
 def _crossed(batch: Batch) -> Batch:

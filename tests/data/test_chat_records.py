@@ -126,8 +126,8 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, text: 
 def test_a_folder_without_chats_and_chats_without_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no \.json or \.jsonl file"):
         ChatFiles(path=str(tmp_path))
+    (tmp_path / "a.jsonl").write_text(json.dumps(FORMS["alpaca"]))
     with pytest.raises(ConfigError, match="records=-1"):
-        (tmp_path / "a.jsonl").write_text(json.dumps(FORMS["alpaca"]))
         ChatFiles(path=str(tmp_path), records=-1)
     with pytest.raises(DataError, match="no `rejected` answer"):
         list(Preferences(path=str(tmp_path)).found())

@@ -29,8 +29,7 @@ def chats(count: int, *, turns: int = 2, seed: int = 0, longest: int = 9) -> lis
     def said() -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))
 
-    pairs = [[{"role": "user", "content": said()}, {"role": "assistant", "content": said()}] for _ in range(count * turns)]
-    return [{"messages": sum(pairs[i * turns : (i + 1) * turns], [])} for i in range(count)]
+    return [{"messages": [{"role": role, "content": said()} for _ in range(turns) for role in ("user", "assistant")]} for _ in range(count)]
 
 
 def written(folder: Path, rows: list[dict[str, Any]], name: str = "chats.jsonl") -> Path:
@@ -127,7 +126,7 @@ def test_a_chat_too_long_is_cut_at_a_turn_dropped_or_refused(tmp_path: Path) -> 
         Conversations(data, "train", CONTEXT, 0, "refuse")
     with pytest.raises(DataError, match=r"none fits model\.context_length=4 with an answer"):
         Conversations(data, "train", 4, 0, "cut")
-    with pytest.raises(ConfigError, match="data.too_long=keep is not one of cut, drop, refuse"):
+    with pytest.raises(ConfigError, match=r"data\.too_long=keep is not one of cut, drop, refuse"):
         Conversations(data, "train", CONTEXT, 0, "keep")
 
 
@@ -207,8 +206,8 @@ def test_the_hubs_chats_with_their_own_validation_split(hub: Server, tmp_path: P
     folder = tmp_path / "repository"
     (folder / "data").mkdir(parents=True)
     for split, count in (("train", 40), ("test", 5)):
-        written(folder / "data", [{"question": f"{split} {i}?", "answer": f"so\n#### {i}"} for i in range(count)] + [{"question": "bad", "answer": None}],
-                f"{split}.jsonl")  # fmt: skip
+        rows: list[dict[str, Any]] = [{"question": f"{split} {i}?", "answer": f"so\n#### {i}"} for i in range(count)]
+        written(folder / "data", [*rows, {"question": "bad", "answer": None}], f"{split}.jsonl")
     hub.publish("openai/gsm8k", folder)
     data = prepare(
         compose(
@@ -225,9 +224,13 @@ def test_of_a_tree_of_messages_the_best_answers_are_taken(hub: Server, tmp_path:
         return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, "lang": lang, "deleted": False}
 
     tree = [
-        message("a", None, "prompter", "Wie spät?"), message("b", "a", "assistant", "Spät.", 1), message("c", "a", "assistant", "Acht Uhr.", 0),
-        message("d", "c", "prompter", "Danke"), message("e", None, "prompter", "What time?", lang="en"), message("f", None, "prompter", "Allein"),
-    ]  # fmt: skip
+        message("a", None, "prompter", "Wie spät?"),
+        message("b", "a", "assistant", "Spät.", 1),
+        message("c", "a", "assistant", "Acht Uhr.", 0),
+        message("d", "c", "prompter", "Danke"),
+        message("e", None, "prompter", "What time?", lang="en"),
+        message("f", None, "prompter", "Allein"),
+    ]
     folder = tmp_path / "repository"
     (folder / "data").mkdir(parents=True)
     for split in ("train", "validation"):

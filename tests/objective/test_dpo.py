@@ -70,7 +70,8 @@ SIZES = ["tracker=none", "model.width=32", "model.heads=2", "model.depth=1", f"m
 def pairs_of(file: Path, base: Run, *more: str) -> list[str]:
     return [
         "data/corpus=preferences", f"data.corpus.path={file}", "objective=dpo", f"trainer.init_from={base.identity}", "tracker=none",
-        "trainer.batch_tokens=384", "trainer.budget=12steps", "callbacks.samples.tokens=4", "trainer.log_every=1", "optimizer.learning_rate=0.01", *more,
+        "trainer.batch_tokens=384", "trainer.budget=12steps", "callbacks.samples.tokens=4", "trainer.log_every=1",
+        "optimizer.learning_rate=0.01", *more,
     ]  # fmt: skip
 
 

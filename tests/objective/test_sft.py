@@ -1,4 +1,4 @@
-"""Fine-tuning: the loss and gradients of transformers on the same chats, packed as unpacked, and adapters that are as good as all weights."""
+"""Fine-tuning: the loss and gradients of transformers on the same chats, packed as unpacked; adapters as good as all weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(file: Path, *more: str) -> list[str]:
     return [
-        "data/corpus=chat", "data/tokenizer=chat", f"data.corpus.path={file}", "objective=sft", "tracker=none", "model.width=32", "model.heads=2",
-        "model.depth=2", f"model.context_length={CONTEXT}", "trainer.batch_tokens=512", "trainer.budget=4steps", "callbacks.samples.tokens=4", *more,
+        "data/corpus=chat", "data/tokenizer=chat", f"data.corpus.path={file}", "objective=sft", "tracker=none",
+        "model.width=32", "model.heads=2", "model.depth=2", f"model.context_length={CONTEXT}",
+        "trainer.batch_tokens=512", "trainer.budget=4steps", "callbacks.samples.tokens=4", *more,
     ]  # fmt: skip
 
 
