@@ -140,6 +140,11 @@ def _parts(module: Any, kind: str) -> tuple[int, int, str]:
     return 0, 0, ""
 
 
+def has_heads(module: Any) -> bool:
+    """Whether an attention's heads can be told apart, and have names."""
+    return _parts(module, "head")[0] > 0
+
+
 def described(model: Transformer, path: str) -> str:
     """The component that a block's part is: `model/attention=average`."""
     slot = path.rpartition(".")[2]

@@ -1,0 +1,176 @@
+"""Where two prompts part: activations of one run put into the other, at each position, or along one path alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gptlab.config.errors import ConfigError
+from gptlab.interpret.activations import forward
+from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
+from gptlab.interpret.lenses import stream_names
+from gptlab.interpret.taps import Edit, Place, places
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Metric: TypeAlias = Callable[[Tensor], Tensor]
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Patched:
+    """What a measure of the target run became with parts of the source run in it: a matrix, for a heat map. r rows, c columns.
+
+    `of_source`, `of_target`: the measure of the two runs as they are. `measure` says in words what it is.
+    """
+
+    values: Float[Tensor, "r c"]
+    rows: list[str]
+    columns: list[str]
+    of_source: float
+    of_target: float
+    measure: str
+
+    @property
+    def recovered(self) -> Float[Tensor, "r c"]:
+        """0 where the target run stayed as it was, 1 where it came to say what the source run says."""
+        return (self.values - self.of_target) / (self.of_source - self.of_target)
+
+    def frame(self) -> pd.DataFrame:
+        """`recovered`, with its rows and columns named."""
+        import pandas as pd
+
+        return pd.DataFrame(self.recovered.numpy(), index=self.rows, columns=self.columns)
+
+
+def patch(
+    model: Model,
+    source: Tokens,
+    target: Tokens,
+    names: str | Iterable[str] | None = None,
+    *,
+    positions: bool = True,
+    answer: int | None = None,
+    against: int | None = None,
+    metric: Metric | None = None,
+) -> Patched:
+    """Activation patching (Meng et al., 2022): a run on `target`, each activation in turn replaced by that of the run on `source`.
+
+    Rows: what `names` mean (the stream before each block and behind the last, unless given). Columns: the positions, one replaced at
+    a time, or `all` of them at once where `positions` is false. The measure is the logit of `answer` less that of `against` at the last
+    position, unless given the likeliest tokens of the two runs; or `metric` of the logits (b, t, v).
+    Raises ConfigError for prompts of different length or the same guess, a name that means nothing, or one without positions.
+    """
+    inside, (ids, others) = model_of(model), _both(model, source, target)
+    taken = places(inside, stream_names(inside) if names is None else names)
+    found, logits, _ = forward(inside, ids, taken, {})
+    plain = forward(inside, others, [], {})[1]
+    measured, words = _measure(logits, plain, answer, against, metric)
+    columns: list[int | None] = list(range(ids.shape[1])) if positions else [None]
+    values = [
+        [float(measured(forward(inside, others, [], {place: _at(place, found[place.name], position)})[1])) for position in columns]
+        for place in taken
+    ]
+    told = [str(position) for position in columns] if positions else ["all"]
+    return Patched(torch.tensor(values), [p.name for p in taken], told, float(measured(logits)), float(measured(plain)), words)
+
+
+def patch_paths(
+    model: Model,
+    source: Tokens,
+    target: Tokens,
+    senders: str | Iterable[str],
+    receivers: str | Iterable[str] = LOGITS,
+    *,
+    answer: int | None = None,
+    against: int | None = None,
+    metric: Metric | None = None,
+) -> Patched:
+    """Path patching (Wang et al., 2022; Goldowsky-Dill et al., 2023): what the source run changes on the direct way from part to part.
+
+    From a sender (a row) to a receiver (a column), which is another activation, or the `logits`.
+
+    The sender's activation is the source run's, every other attention and feed-forward writes what it writes in the target run, and the
+    receiver alone is computed anew; then the target run goes on with it. Measure and errors as of `patch`.
+    """
+    inside, (ids, others) = model_of(model), _both(model, source, target)
+    sending = places(inside, senders)
+    names = [receivers] if isinstance(receivers, str) else list(receivers)
+    receiving = [place for name in names for place in ([None] if name == LOGITS else places(inside, name))]
+    parts = [Place(name, name) for i in range(len(inside.blocks)) for name in (f"blocks.{i}.attention", f"blocks.{i}.ffn")]
+    found, logits, _ = forward(inside, ids, sending, {})
+    held, plain, _ = forward(inside, others, parts, {})
+    measured, words = _measure(logits, plain, answer, against, metric)
+    values = []
+    for sender in sending:
+        line = []
+        for receiver in receiving:
+            frozen = {p: held[p.name] for p in parts if not any(_within(one, p) for one in (sender, receiver))}
+            edits: dict[Place, Edit] = {**frozen, sender: found[sender.name]}
+            heard, direct, _ = forward(inside, others, [receiver] if receiver else [], edits)
+            then = direct if receiver is None else forward(inside, others, [], {receiver: heard[receiver.name]})[1]
+            line.append(float(measured(then)))
+        values.append(line)
+    columns = [LOGITS if place is None else place.name for place in receiving]
+    return Patched(torch.tensor(values), [p.name for p in sending], columns, float(measured(logits)), float(measured(plain)), words)
+
+
+def _within(place: Place | None, part: Place) -> bool:
+    return place is not None and (place.module == part.module or place.module.startswith(f"{part.module}."))
+
+
+def _both(model: Model, source: Tokens, target: Tokens) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    ids, others = tokens_of(model, source, "the source prompt"), tokens_of(model, target, "the target prompt")
+    if ids.shape != others.shape:
+        lengths = [f"{len(x)} x {x.shape[1]}" if len(ids) != len(others) else str(x.shape[1]) for x in (ids, others)]
+        raise ConfigError(
+            f"the source prompt has {lengths[0]} tokens and the target prompt {lengths[1]}: patching puts one in the other's place, "
+            "position by position, and needs as many of both"
+        )
+    return ids, others
+
+
+def _measure(
+    source: Float[Tensor, "b t v"], target: Float[Tensor, "b t v"], answer: int | None, against: int | None, metric: Metric | None
+) -> tuple[Metric, str]:
+    if metric is not None:
+        return metric, getattr(metric, "__name__", "the metric given")
+    for token in (answer, against):
+        if token is not None and not 0 <= token < source.shape[-1]:
+            raise ConfigError(f"there is no logit of token {token}; this model's ids go from 0 to {source.shape[-1] - 1}")
+    good = source[:, -1].argmax(-1) if answer is None else torch.full((len(source),), answer, device=source.device)
+    bad = target[:, -1].argmax(-1) if against is None else torch.full((len(source),), against, device=source.device)
+    if (good == bad).any():
+        raise ConfigError(
+            f"both prompts have the same answer, token {int(good[good == bad][0])}, and there is no difference to follow: give answer and "
+            "against, two tokens, or a metric"
+        )
+
+    def difference(logits: Float[Tensor, "b t v"]) -> Tensor:
+        last = logits[:, -1]
+        return (last.gather(-1, good[:, None]) - last.gather(-1, bad[:, None])).mean()
+
+    pair = f"token {int(good[0])} less that of token {int(bad[0])}" if len(good) == 1 else "each row's answer less that of the other run's"
+    return difference, f"the last position's logit of {pair}"
+
+
+def _at(place: Place, value: Tensor, position: int | None) -> Edit:
+    """The source run's value, at one position alone."""
+    if position is None:
+        return value
+    axis = {3: 1, 4: 2}.get(value.dim())  # (b, t, …), or (b, h, t, …)
+    if axis is None:
+        raise ConfigError(f"{place.name} has no positions (its shape is {tuple(value.shape)}); patch it with positions=False")
+
+    def put(x: Tensor) -> Tensor:
+        changed = x.clone()
+        changed.select(axis, position).copy_(value.select(axis, position))
+        return changed
+
+    return put
