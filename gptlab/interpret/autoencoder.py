@@ -62,7 +62,7 @@ class SparseAutoencoder(nn.Module):
 class Trained:
     """An autoencoder of one activation, and what it is worth on rows that it was not trained on.
 
-    `explained`: the share of the variance that it gives back. `alive`: the share of features that are ever active there. Next-token
+    `explained`: the share of the variance that it gives back. `frequency`: the share of tokens at which a feature is active. Next-token
     losses in nats: `loss` of the model, `loss_through` with what the autoencoder gives back in the activation's place, `loss_without`
     with the mean there.
     """
@@ -70,10 +70,15 @@ class Trained:
     autoencoder: SparseAutoencoder
     name: str
     explained: float
-    alive: float
+    frequency: Float[Tensor, " f"]
     loss: float
     loss_through: float
     loss_without: float
+
+    @property
+    def alive(self) -> float:
+        """The share of features that are ever active."""
+        return float((self.frequency > 0).float().mean())
 
 
 def train_autoencoder(
@@ -122,7 +127,7 @@ def train_autoencoder(
     left = x[order[:split]].flatten(0, 1)
     spread = (left - left.mean(0)).square().sum()
     explained = 1 - float((made(left) - left).square().sum() / spread) if spread else 1.0
-    alive = float((made.encode(left) > 0).any(0).float().mean())
+    frequency = (made.encode(left) > 0).float().mean(0)
     (place,) = places(inside, name)
     edits: tuple[dict[Place, Edit], ...] = (
         {},
@@ -130,4 +135,4 @@ def train_autoencoder(
         {place: lambda value: made.center.to(value)},
     )
     three = [float(losses(forward(inside, held_out, [], edit)[1], held_out).mean()) for edit in edits]
-    return Trained(made, name, explained, alive, *three)
+    return Trained(made, name, explained, frequency, *three)

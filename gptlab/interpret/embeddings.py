@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def neighbours(model: Model, token: str | int, *, top: int = 10) -> pd.DataFrame:
     """The tokens whose embeddings have the largest cosine with that of a token (a text of one token, or its id): token, text, cosine."""
     tokenizer = tokenizer_of(model, "a view of embeddings")
-    ids = [_id(model, tokenizer, token)]
+    ids = [_id(model, tokenizer, token, as_word=False)]
     return _nearest(model, tokenizer, _unit(model)[ids[0]], ids, top)
 
 
@@ -31,14 +32,14 @@ def analogy(model: Model, expression: str, *, top: int = 10) -> pd.DataFrame:
 
     Columns as of `neighbours`.
 
-    Raises ConfigError where a word is not one token of the tokeniser (with a space before it or without).
+    Raises ConfigError where a word is not one token of the tokeniser (with a space before it, as words in a text have, or without).
     """
     tokenizer = tokenizer_of(model, "an analogy")
     parts = expression.split()
     words, between = parts[::2], parts[1::2]
     if len(words) != len(between) + 1 or not set(between) <= {"+", "-"}:
         raise ConfigError(f"{expression!r} is no analogy; write one as `vater - mann + frau`, with spaces around the signs")
-    ids = [_id(model, tokenizer, word) for word in words]
+    ids = [_id(model, tokenizer, word, as_word=True) for word in words]
     signs = [1.0, *(1.0 if sign == "+" else -1.0 for sign in between)]
     aim = (_unit(model)[ids] * torch.tensor(signs, device=model_of(model).embedding.weight.device)[:, None]).sum(0)
     return _nearest(model, tokenizer, aim, ids, top)
@@ -60,25 +61,24 @@ def position_similarity(model: Model, length: int | None = None) -> Float[Tensor
     return vectors @ vectors.T
 
 
-def _id(model: Model, tokenizer: Tokenizer, token: str | int) -> int:
+def _id(model: Model, tokenizer: Tokenizer, token: str | int, *, as_word: bool) -> int:
+    """The token that a text is, as it stands or with a space before it; `as_word`: that first, since so words stand in a text."""
     if isinstance(token, int):
         if not 0 <= token < model_of(model).vocabulary:
             raise ConfigError(f"there is no token {token}; this model's ids go from 0 to {model_of(model).vocabulary - 1}")
         return token
-    counts = []
-    for text in (token, f" {token}"):
-        try:
-            ids = tokenizer.encode(text)
-        except ConfigError:
-            if text == token:
-                raise
-            continue
+    plain, spaced = tokenizer.encode(token), _spaced(tokenizer, token)
+    for ids in (spaced, plain) if as_word else (plain, spaced):
         if len(ids) == 1:
             return int(ids[0])
-        counts.append(len(ids))
-    raise ConfigError(
-        f"{token!r} is {counts[0]} tokens of the tokeniser {tokenizer.name}, and embeddings are those of single tokens; give one"
-    )
+    raise ConfigError(f"{token!r} is {len(plain)} tokens of the tokeniser {tokenizer.name}; embeddings are those of single tokens")
+
+
+def _spaced(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+    try:
+        return [int(i) for i in tokenizer.encode(f" {text}")]
+    except ConfigError:  # a tokeniser that knows no space
+        return []
 
 
 def _unit(model: Model) -> Float[Tensor, "v d"]:

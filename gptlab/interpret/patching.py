@@ -15,12 +15,14 @@ from gptlab.interpret.activations import forward
 from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
 from gptlab.interpret.lenses import stream_names
 from gptlab.interpret.taps import Edit, Place, places
+from gptlab.model.transformer import Transformer
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 LOGITS = "logits"
+MOST = 1 << 25  # logits held at once
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,12 @@ def patch(
     found, logits, _ = forward(inside, ids, taken, {})
     plain = forward(inside, others, [], {})[1]
     measured, words = _measure(logits, plain, answer, against, metric)
-    columns: list[int | None] = list(range(ids.shape[1])) if positions else [None]
-    values = [
-        [float(measured(forward(inside, others, [], {place: _at(place, found[place.name], position)})[1])) for position in columns]
-        for place in taken
-    ]
-    told = [str(position) for position in columns] if positions else ["all"]
-    return Patched(torch.tensor(values), [p.name for p in taken], told, float(measured(logits)), float(measured(plain)), words)
+    if positions:
+        values = [_by_position(inside, others, place, found[place.name], measured) for place in taken]
+    else:
+        values = [[float(measured(forward(inside, others, [], {place: found[place.name]})[1]))] for place in taken]
+    columns = [str(position) for position in range(ids.shape[1])] if positions else ["all"]
+    return Patched(torch.tensor(values), [p.name for p in taken], columns, float(measured(logits)), float(measured(plain)), words)
 
 
 def patch_paths(
@@ -160,17 +161,21 @@ def _measure(
     return difference, f"the last position's logit of {pair}"
 
 
-def _at(place: Place, value: Tensor, position: int | None) -> Edit:
-    """The source run's value, at one position alone."""
-    if position is None:
-        return value
+def _by_position(model: Transformer, target: Int[Tensor, "b t"], place: Place, value: Tensor, measured: Metric) -> list[float]:
+    """The measure with the source run's value at each position alone: runs side by side, each with another position replaced."""
     axis = {3: 1, 4: 2}.get(value.dim())  # (b, t, …), or (b, h, t, …)
     if axis is None:
         raise ConfigError(f"{place.name} has no positions (its shape is {tuple(value.shape)}); patch it with positions=False")
+    b, t = target.shape
+    measures: list[float] = []
+    for positions in torch.split(torch.arange(t), max(1, MOST // (target.numel() * model.vocabulary))):
 
-    def put(x: Tensor) -> Tensor:
-        changed = x.clone()
-        changed.select(axis, position).copy_(value.select(axis, position))
-        return changed
+        def put(x: Tensor, positions: Tensor = positions) -> Tensor:
+            changed = x.clone()
+            for row, position in enumerate(positions.tolist()):
+                changed[row * b : (row + 1) * b].select(axis, position).copy_(value.select(axis, position))
+            return changed
 
-    return put
+        logits = forward(model, target.repeat(len(positions), 1), [], {place: put})[1]
+        measures += [float(measured(one)) for one in torch.split(logits, b)]
+    return measures

@@ -70,6 +70,8 @@ def top_texts(
 ) -> pd.DataFrame:
     """The rows of a corpus (n, t) that excite units of an activation most, at the token that does: of each row its largest value.
 
+    A unit that no token of a row brings above zero has no line of it.
+
     One line a unit and text: unit, rank, activation, row, position, and before, token, after (text). `units` are entries of the last
     axis of `name`; with `through` (an autoencoder's `encode`), of what that makes of it.
     Raises ConfigError for a bare model, an activation without positions, and a unit that it has not.
@@ -94,6 +96,8 @@ def top_texts(
     for column, unit in enumerate(chosen):
         best = values[:, column].topk(min(top, len(ids))).indices.tolist()
         for rank, row in enumerate(best):
+            if values[row, column] <= 0:
+                break  # nothing here excites it
             position = int(at[row, column])
             line = ids[row].tolist()
             around = line[max(0, position - BEFORE) : position], line[position : position + 1], line[position + 1 : position + 1 + AFTER]

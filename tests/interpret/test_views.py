@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 
 from gptlab import load
 from gptlab.config.errors import ConfigError
+from gptlab.data.tokenizer import gpt2
 from gptlab.interpret import analogy, capture, neighbours, norms, position_similarity, rows_of, top_texts
+from gptlab.interpret.embeddings import _id
 from gptlab.interpret.sizes import collect
 from gptlab.runner.load import Loaded
 from gptlab.runner.run import Run
@@ -75,6 +78,15 @@ def test_neighbours_and_analogies_are_cosines(run: Loaded) -> None:
     for line in made.itertuples():
         assert line.token not in (a, b, c)
         assert line.cosine == pytest.approx(float(weight[line.token] @ aim), abs=1e-6)
+
+
+def test_a_word_is_its_token_behind_a_space(tiktoken_cache: Path) -> None:
+    tokenizer, model = gpt2(), small()
+    assert tokenizer.decode([_id(model, tokenizer, "king", as_word=True)]) == " king"
+    assert tokenizer.decode([_id(model, tokenizer, "king", as_word=False)]) == "king"
+    assert tokenizer.decode([_id(model, tokenizer, "Paris", as_word=True)]) == " Paris"
+    with pytest.raises(ConfigError, match="'Vater' is 2 tokens of the tokeniser gpt2"):
+        _id(model, tokenizer, "Vater", as_word=True)
 
 
 @pytest.mark.parametrize("position", ["learned", "sinusoidal"])
