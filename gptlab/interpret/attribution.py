@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.interpret.activations import forward
-from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
+from gptlab.interpret.given import Model, Tokens, model_of, token_of, tokens_of
 from gptlab.interpret.taps import described, places
 from gptlab.model.attention import MultiHead
 from gptlab.model.block import Parallel, PostNorm, PreNorm, Sandwich
@@ -63,8 +63,10 @@ class Attribution:
         return sums
 
 
-def attribute(model: Model, tokens: Tokens, target: Tensor | int | None = None, *, against: Tensor | int | None = None) -> Attribution:
-    """What each part adds to the logit of `target`: a token, one a position (b, t), or None: the likeliest at each position.
+def attribute(
+    model: Model, tokens: Tokens, target: Tensor | int | str | None = None, *, against: Tensor | int | str | None = None
+) -> Attribution:
+    """What each part adds to the logit of `target`: a token (id or text), one a position (b, t), or None: the likeliest at each.
 
     `against`: another token, for the difference of the two logits. Heads, feed-forwards, the embedding, positions, and biases apart;
     where no part can be told from another (an attention of another kind than multihead, a mixture of experts) all it writes is one.
@@ -84,9 +86,9 @@ def attribute(model: Model, tokens: Tokens, target: Tensor | int | None = None, 
         parts = _through_blocks(inside, found, _embedded(inside, ids, found))
         last = found[f"blocks.{len(inside.blocks) - 1}"] if inside.blocks else found["embedded"]
         parts = _normed(inside, inside.norm, last, parts, "norm.bias")
-        aim = logits.argmax(-1) if target is None else _aimed(inside, target, ids)
+        aim = logits.argmax(-1) if target is None else _aimed(model, target, ids)
         matrix = _matrix(inside)
-        direction = matrix[aim] - (0 if against is None else matrix[_aimed(inside, against, ids)])
+        direction = matrix[aim] - (0 if against is None else matrix[_aimed(model, against, ids)])
         values = torch.stack([(part * direction).sum(-1) for part in parts.values()]) / inside.parametrisation.multiple
         cap = getattr(inside.head, "soft_cap", None)
         whole = (inside.norm(last) * direction).sum(-1) / inside.parametrisation.multiple
@@ -94,8 +96,9 @@ def attribute(model: Model, tokens: Tokens, target: Tensor | int | None = None, 
     return Attribution(list(parts), values, whole, ids, aim, note)
 
 
-def _aimed(model: Transformer, token: Tensor | int, ids: Tensor) -> Int[Tensor, "b t"]:
-    aim = torch.as_tensor(token, dtype=torch.long, device=ids.device)
+def _aimed(given: Model, token: Tensor | int | str, ids: Tensor) -> Int[Tensor, "b t"]:
+    model = model_of(given)
+    aim = torch.as_tensor(token_of(given, token) if isinstance(token, str) else token, dtype=torch.long, device=ids.device)
     if aim.numel() and not 0 <= int(aim.min()) <= int(aim.max()) < model.vocabulary:
         raise ConfigError(f"there is no logit of token {int(aim.max())}; this model's ids go from 0 to {model.vocabulary - 1}")
     try:

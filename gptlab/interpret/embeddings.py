@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component_of
 from gptlab.data.tokenizer import Tokenizer
-from gptlab.interpret.given import Model, model_of, tokenizer_of
+from gptlab.interpret.given import Model, model_of, token_of, tokenizer_of
 from gptlab.model.position import Position
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 def neighbours(model: Model, token: str | int, *, top: int = 10) -> pd.DataFrame:
     """The tokens whose embeddings have the largest cosine with that of a token (a text of one token, or its id): token, text, cosine."""
     tokenizer = tokenizer_of(model, "a view of embeddings")
-    ids = [_id(model, tokenizer, token, as_word=False)]
+    ids = [token_of(model, token)]
     return _nearest(model, tokenizer, _unit(model)[ids[0]], ids, top)
 
 
@@ -39,7 +38,7 @@ def analogy(model: Model, expression: str, *, top: int = 10) -> pd.DataFrame:
     words, between = parts[::2], parts[1::2]
     if len(words) != len(between) + 1 or not set(between) <= {"+", "-"}:
         raise ConfigError(f"{expression!r} is no analogy; write one as `vater - mann + frau`, with spaces around the signs")
-    ids = [_id(model, tokenizer, word, as_word=True) for word in words]
+    ids = [token_of(model, word, as_word=True) for word in words]
     signs = [1.0, *(1.0 if sign == "+" else -1.0 for sign in between)]
     aim = (_unit(model)[ids] * torch.tensor(signs, device=model_of(model).embedding.weight.device)[:, None]).sum(0)
     return _nearest(model, tokenizer, aim, ids, top)
@@ -59,26 +58,6 @@ def position_similarity(model: Model, length: int | None = None) -> Float[Tensor
         nothing = torch.zeros(1, length, inside.config.width, device=inside.order.device, dtype=inside.embedding.weight.dtype)
         vectors = F.normalize(inside.position.embed(nothing, inside.order[:, :length])[0].float(), dim=-1)
     return vectors @ vectors.T
-
-
-def _id(model: Model, tokenizer: Tokenizer, token: str | int, *, as_word: bool) -> int:
-    """The token that a text is, as it stands or with a space before it; `as_word`: that first, since so words stand in a text."""
-    if isinstance(token, int):
-        if not 0 <= token < model_of(model).vocabulary:
-            raise ConfigError(f"there is no token {token}; this model's ids go from 0 to {model_of(model).vocabulary - 1}")
-        return token
-    plain, spaced = tokenizer.encode(token), _spaced(tokenizer, token)
-    for ids in (spaced, plain) if as_word else (plain, spaced):
-        if len(ids) == 1:
-            return int(ids[0])
-    raise ConfigError(f"{token!r} is {len(plain)} tokens of the tokeniser {tokenizer.name}; embeddings are those of single tokens")
-
-
-def _spaced(tokenizer: Tokenizer, text: str) -> Sequence[int]:
-    try:
-        return [int(i) for i in tokenizer.encode(f" {text}")]
-    except ConfigError:  # a tokeniser that knows no space
-        return []
 
 
 def _unit(model: Model) -> Float[Tensor, "v d"]:

@@ -52,6 +52,30 @@ def tokens_of(model: Model, tokens: Tokens, what: str = "the prompt") -> Int[Ten
     return ids
 
 
+def token_of(model: Model, token: str | int, *, as_word: bool = False) -> int:
+    """The id of a token: itself, or that of a text that is one token, as it stands or with a space before it.
+
+    `as_word`: that with the space first, since so words stand in a text. Raises ConfigError for a text of several tokens, or a bare model.
+    """
+    if isinstance(token, int):
+        if not 0 <= token < model_of(model).vocabulary:
+            raise ConfigError(f"there is no token {token}; this model's ids go from 0 to {model_of(model).vocabulary - 1}")
+        return token
+    tokenizer = tokenizer_of(model, f"the text {token!r}")
+    plain, spaced = tokenizer.encode(token), _spaced(tokenizer, token)
+    for ids in (spaced, plain) if as_word else (plain, spaced):
+        if len(ids) == 1:
+            return int(ids[0])
+    raise ConfigError(f"{token!r} is {len(plain)} tokens of the tokeniser {tokenizer.name}, and a single one is asked for")
+
+
+def _spaced(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+    try:
+        return [int(i) for i in tokenizer.encode(f" {text}")]
+    except ConfigError:  # a tokeniser that knows no space
+        return []
+
+
 def tokenizer_of(model: Model, what: str) -> Tokenizer:
     """The tokeniser of a loaded run. Raises ConfigError for a bare model."""
     if isinstance(model, Loaded):

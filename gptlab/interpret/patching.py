@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptlab.config.errors import ConfigError
 from gptlab.interpret.activations import forward
-from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
+from gptlab.interpret.given import Model, Tokens, model_of, token_of, tokens_of
 from gptlab.interpret.lenses import stream_names
 from gptlab.interpret.taps import Edit, Place, places
 from gptlab.model.transformer import Transformer
@@ -58,22 +58,22 @@ def patch(
     names: str | Iterable[str] | None = None,
     *,
     positions: bool = True,
-    answer: int | None = None,
-    against: int | None = None,
+    answer: int | str | None = None,
+    against: int | str | None = None,
     metric: Metric | None = None,
 ) -> Patched:
     """Activation patching (Meng et al., 2022): a run on `target`, each activation in turn replaced by that of the run on `source`.
 
     Rows: what `names` mean (the stream before each block and behind the last, unless given). Columns: the positions, one replaced at
-    a time, or `all` of them at once where `positions` is false. The measure is the logit of `answer` less that of `against` at the last
-    position, unless given the likeliest tokens of the two runs; or `metric` of the logits (b, t, v).
+    a time, or `all` of them at once where `positions` is false. The measure is the logit of `answer` less that of `against` (ids or
+    texts) at the last position, unless given the likeliest tokens of the two runs; or `metric` of the logits (b, t, v).
     Raises ConfigError for prompts of different length or the same guess, a name that means nothing, or one without positions.
     """
     inside, (ids, others) = model_of(model), _both(model, source, target)
     taken = places(inside, stream_names(inside) if names is None else names)
     found, logits, _ = forward(inside, ids, taken, {})
     plain = forward(inside, others, [], {})[1]
-    measured, words = _measure(logits, plain, answer, against, metric)
+    measured, words = _measure(model, logits, plain, answer, against, metric)
     if positions:
         values = [_by_position(inside, others, place, found[place.name], measured) for place in taken]
     else:
@@ -89,8 +89,8 @@ def patch_paths(
     senders: str | Iterable[str],
     receivers: str | Iterable[str] = LOGITS,
     *,
-    answer: int | None = None,
-    against: int | None = None,
+    answer: int | str | None = None,
+    against: int | str | None = None,
     metric: Metric | None = None,
 ) -> Patched:
     """Path patching (Wang et al., 2022; Goldowsky-Dill et al., 2023): what the source run changes on the direct way from part to part.
@@ -107,7 +107,7 @@ def patch_paths(
     parts = [Place(name, name) for i in range(len(inside.blocks)) for name in (f"blocks.{i}.attention", f"blocks.{i}.ffn")]
     found, logits, _ = forward(inside, ids, sending, {})
     held, plain, _ = forward(inside, others, parts, {})
-    measured, words = _measure(logits, plain, answer, against, metric)
+    measured, words = _measure(model, logits, plain, answer, against, metric)
     values = []
     for sender in sending:
         line = []
@@ -138,15 +138,20 @@ def _both(model: Model, source: Tokens, target: Tokens) -> tuple[Int[Tensor, "b 
 
 
 def _measure(
-    source: Float[Tensor, "b t v"], target: Float[Tensor, "b t v"], answer: int | None, against: int | None, metric: Metric | None
+    model: Model,
+    source: Float[Tensor, "b t v"],
+    target: Float[Tensor, "b t v"],
+    answer: int | str | None,
+    against: int | str | None,
+    metric: Metric | None,
 ) -> tuple[Metric, str]:
     if metric is not None:
         return metric, getattr(metric, "__name__", "the metric given")
-    for token in (answer, against):
-        if token is not None and not 0 <= token < source.shape[-1]:
-            raise ConfigError(f"there is no logit of token {token}; this model's ids go from 0 to {source.shape[-1] - 1}")
-    good = source[:, -1].argmax(-1) if answer is None else torch.full((len(source),), answer, device=source.device)
-    bad = target[:, -1].argmax(-1) if against is None else torch.full((len(source),), against, device=source.device)
+
+    def at_end(logits: Float[Tensor, "b t v"], token: int | str | None) -> Int[Tensor, " b"]:
+        return logits[:, -1].argmax(-1) if token is None else torch.full((len(logits),), token_of(model, token), device=logits.device)
+
+    good, bad = at_end(source, answer), at_end(target, against)
     if (good == bad).any():
         raise ConfigError(
             f"both prompts have the same answer, token {int(good[good == bad][0])}, and there is no difference to follow: give answer and "

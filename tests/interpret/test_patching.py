@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptlab import load
 from gptlab.config.errors import ConfigError
 from gptlab.interpret import attribute, capture, patch, patch_paths, run_with
+from gptlab.runner.run import Run
 from tests.interpret.conftest import PARTS, small, some_tokens
 
 SOURCE, TARGET = some_tokens(1, 8, seed=1), some_tokens(1, 8, seed=2)
@@ -108,6 +110,17 @@ def test_a_path_between_two_parts_is_the_one_written_by_hand() -> None:
     assert float(back.values) == back.of_target, "no path leads back"
 
 
+def test_answers_may_be_texts(finished_run: Run) -> None:
+    run = load(finished_run)
+    e, a = (int(run.tokenizer.encode(letter)[0]) for letter in "ea")
+    by_text = patch(run, "the king", "the rive", "blocks.0", answer="e", against="a")
+    assert torch.equal(by_text.values, patch(run, "the king", "the rive", "blocks.0", answer=e, against=a).values)
+    assert by_text.measure == f"the last position's logit of token {e} less that of token {a}"
+    assert torch.equal(attribute(run, "the king", "e", against="a").values, attribute(run, "the king", e, against=a).values)
+    with pytest.raises(ConfigError, match="'king' is 4 tokens of the tokeniser char"):
+        attribute(run, "the king", "king")
+
+
 def test_prompts_that_do_not_fit_are_told() -> None:
     model = small()
     with pytest.raises(ConfigError, match="the source prompt has 8 tokens and the target prompt 7: patching"):
@@ -116,7 +129,7 @@ def test_prompts_that_do_not_fit_are_told() -> None:
         patch(model, torch.zeros(1, 17, dtype=torch.long), TARGET)
     with pytest.raises(ConfigError, match="both prompts have the same answer, token"):
         patch(model, TARGET, TARGET)
-    with pytest.raises(ConfigError, match="no logit of token 40"):
+    with pytest.raises(ConfigError, match="there is no token 40"):
         patch(model, SOURCE, TARGET, answer=40)
     with pytest.raises(ConfigError, match="the source prompt has 8 tokens and the target prompt 7: patching"):
         patch_paths(model, SOURCE, TARGET[:, :7], "embedded")

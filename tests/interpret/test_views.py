@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from gptlab import load
 from gptlab.config.errors import ConfigError
+from gptlab.config.schema import Config
 from gptlab.data.tokenizer import gpt2
 from gptlab.interpret import analogy, capture, neighbours, norms, position_similarity, rows_of, top_texts
-from gptlab.interpret.embeddings import _id
+from gptlab.interpret.given import token_of
 from gptlab.interpret.sizes import collect
 from gptlab.runner.load import Loaded
 from gptlab.runner.run import Run
@@ -81,12 +82,13 @@ def test_neighbours_and_analogies_are_cosines(run: Loaded) -> None:
 
 
 def test_a_word_is_its_token_behind_a_space(tiktoken_cache: Path) -> None:
-    tokenizer, model = gpt2(), small()
-    assert tokenizer.decode([_id(model, tokenizer, "king", as_word=True)]) == " king"
-    assert tokenizer.decode([_id(model, tokenizer, "king", as_word=False)]) == "king"
-    assert tokenizer.decode([_id(model, tokenizer, "Paris", as_word=True)]) == " Paris"
-    with pytest.raises(ConfigError, match="'Vater' is 2 tokens of the tokeniser gpt2"):
-        _id(model, tokenizer, "Vater", as_word=True)
+    tokenizer = gpt2()
+    model = Loaded(None, Config(), small(), tokenizer)
+    assert tokenizer.decode([token_of(model, "king", as_word=True)]) == " king"
+    assert tokenizer.decode([token_of(model, "king")]) == "king"
+    assert tokenizer.decode([token_of(model, "Paris", as_word=True)]) == " Paris"
+    with pytest.raises(ConfigError, match="'Vater' is 2 tokens of the tokeniser gpt2, and a single one"):
+        token_of(model, "Vater", as_word=True)
 
 
 @pytest.mark.parametrize("position", ["learned", "sinusoidal"])
