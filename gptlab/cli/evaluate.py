@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from gptlab.cli.benchmarks import Asked, score
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import component_of
 from gptlab.data.prepare import prepare
@@ -24,7 +24,6 @@ from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
 from gptlab.tracker.console import PreparationProgress, console, say
 
-BENCHMARKS = "benchmarks.json"  # in a run's folder
 LONGEST = 24  # letters of a run's name in a table
 HEAD = ("tokens", "loss", "perplexity", "bits/byte", "right", "off by")
 
@@ -44,9 +43,10 @@ def evaluate(
     folder: Path | None = None,
     shots: int | None = None,
     limit: int = 0,
+    probes: str = "",
 ) -> None:
-    """Print the figures of each run on each of its held-out sets, on `files`, or on benchmark `tasks`. Raises ConfigError, DataError,
-    CheckpointError or IOFailure."""
+    """Print the figures of each run on each of its held-out sets, on `files`, on benchmark `tasks` or on `probes`. Raises ConfigError,
+    DataError, CheckpointError or IOFailure."""
     if device.split(":")[0] not in machine().devices:
         raise ConfigError(f"--device {device}: this machine has {', '.join(machine().devices)}")
     if precision not in PRECISIONS:
@@ -55,15 +55,22 @@ def evaluate(
         raise ConfigError(f"--tokens {tokens} must be at least 0 (0: all)")
     if stride and not files:
         raise ConfigError("--stride goes with --text: a held-out set is measured in the windows of training")
-    if tasks and (files or tokens):
-        raise ConfigError("--tasks goes without --text and --tokens; --limit bounds the examples of a task")
-    if not tasks and (folder is not None or shots is not None or limit):
-        raise ConfigError("--task-folder, --shots and --limit go with --tasks")
+    if (tasks or probes) and (files or tokens):
+        raise ConfigError("--tasks and --probes go without --text and --tokens; --limit bounds the examples of each")
+    if not tasks and (folder is not None or shots is not None):
+        raise ConfigError("--task-folder and --shots go with --tasks")
+    if limit and not (tasks or probes):
+        raise ConfigError("--limit goes with --tasks and --probes; --tokens bounds a text")
     if limit < 0 or (shots is not None and shots < 0):
         raise ConfigError(f"--limit {limit} and --shots {shots} must be at least 0")
-    if tasks:
+    if tasks or probes:
+        asked = Asked(_listed(tasks), _listed(probes), folder, shots, limit)
         opened = [(reference, load(reference, checkpoint=checkpoint, weights=weights, device=device)) for reference in runs]
-        _benchmarks(opened, precision, tasks.split(","), folder, shots, limit, as_json)
+        named: dict[str, Loaded] = {}
+        for reference, loaded in opened:
+            for_generation(loaded.model, precision)
+            named[_name(loaded, reference, list(named))] = loaded
+        score(named, asked, precision, as_json)
         return
     texts = {str(file): _documents(file) for file in files}
     found: list[tuple[str, str, Figures]] = []
@@ -86,45 +93,8 @@ def evaluate(
     _show(found, told)
 
 
-def _benchmarks(
-    opened: Sequence[tuple[str, Loaded]],
-    precision: str,
-    tasks: Sequence[str],
-    folder: Path | None,
-    shots: int | None,
-    limit: int,
-    as_json: bool,
-) -> None:
-    """Each task's figures, a column a run; they are kept in the run's benchmarks.json."""
-    from gptlab.evaluate.harness import Score, benchmarks
-
-    found: dict[str, list[Score]] = {}
-    for reference, loaded in opened:
-        for_generation(loaded.model, precision)
-        name = _name(loaded, reference, list(found))
-        with console.status(f"{name}: {', '.join(tasks)}"):
-            found[name] = benchmarks(loaded.model, loaded.tokenizer, tasks, folder=folder, shots=shots, limit=limit)
-        if loaded.run is not None:
-            kept = loaded.run.read(BENCHMARKS) or {}
-            made = {f"{s.task}/{s.metric}": asdict(s) | {"precision": precision} for s in found[name]}
-            loaded.run.write(BENCHMARKS, kept | made)
-    if as_json:
-        print(json.dumps({name: [asdict(score) for score in scores] for name, scores in found.items()}, indent=1))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, head in enumerate(("task", "metric", "shots", "examples", *found)):
-        table.add_column(head, justify="right" if i > 1 else "left", overflow="fold")
-    by_run = [{(s.task, s.metric): s for s in scores} for scores in found.values()]
-    for key in dict.fromkeys(key for scores in by_run for key in scores):
-        one = next(scores[key] for scores in by_run if key in scores)
-        shown = ("" if key not in scores else _score(scores[key].value, scores[key].error) for scores in by_run)
-        table.add_row(one.task, one.metric, str(one.shots), f"{one.examples:,}", *shown)
-    console.print(table)
-    say(("± a standard error", "dim"))
-
-
-def _score(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+def _listed(asked: str) -> list[str]:
+    return [name.strip() for name in asked.split(",") if name.strip()]
 
 
 def _documents(file: Path) -> list[str]:

@@ -97,15 +97,22 @@ def evaluate_runs(
     task_folder: Annotated[
         Path | None, typer.Option(help="Tasks of your own: YAML over files, no network needed.", metavar="FOLDER")
     ] = None,
+    probes: Annotated[
+        str,
+        typer.Option(
+            help="What it knows and can do, no download: all, english, german, facts, arithmetic, addition, recall, induction, copying.",
+            metavar="NAME,…",
+        ),
+    ] = "",
     shots: Annotated[int | None, typer.Option(help="Of --tasks: examples shown before each; as the task has it, unless given.")] = None,
-    limit: Annotated[int, typer.Option(help="Of --tasks: examples of each at most; 0: all.")] = 0,
+    limit: Annotated[int, typer.Option(help="Of --tasks and --probes: examples of each at most; 0: all.")] = 0,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "fp32",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure runs on their held-out sets or any text (loss, bits a byte, by place and frequency, calibration), or on benchmarks."""
+    """Measure runs on held-out sets or any text (loss, bits a byte, by place and frequency, calibration), on benchmarks, by probes."""
     from gptlab.cli.evaluate import evaluate
 
     evaluate(
@@ -122,4 +129,5 @@ def evaluate_runs(
         folder=task_folder,
         shots=shots,
         limit=limit,
+        probes=probes,
     )
