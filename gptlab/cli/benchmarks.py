@@ -10,8 +10,9 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from gptlab.evaluate.results import Score, keep
+from gptlab.evaluate.results import Score, keep, metrics_of
 from gptlab.runner.load import Loaded
+from gptlab.runner.tracked import add_figures
 from gptlab.tracker.console import console, say
 
 
@@ -37,6 +38,7 @@ def score(runs: Mapping[str, Loaded], asked: Asked, precision: str, as_json: boo
             found[name] = _scores(loaded, asked)
         if loaded.run is not None:
             keep(loaded.run, found[name], precision=precision)
+            add_figures(loaded.run, metrics_of(found[name]))
     if as_json:
         print(json.dumps({name: [asdict(one) for one in scores] for name, scores in found.items()}, indent=1))
     else:

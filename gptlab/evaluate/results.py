@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gptlab.runner.run import Run
+from gptlab.tracker.protocol import Metrics
 
 FILE = "benchmarks.json"  # in a run's folder
 
@@ -53,3 +54,13 @@ def kept(run: Run) -> dict[str, Score]:
     """The scores in a run's folder, by name."""
     known = {field.name for field in fields(Score)}
     return {name: Score(**{k: v for k, v in told.items() if k in known}) for name, told in (run.read(FILE) or {}).items()}
+
+
+def metrics_of(scores: Iterable[Score]) -> Metrics:
+    """`eval/NAME`, and `eval/NAME_stderr` where that is known, as a tracker gets them."""
+    found: Metrics = {}
+    for score in scores:
+        found[f"eval/{score.name}"] = score.value
+        if score.error is not None:
+            found[f"eval/{score.name}_stderr"] = score.error
+    return found
