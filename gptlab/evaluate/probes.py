@@ -64,7 +64,7 @@ def probe(model: Transformer, tokenizer: Tokenizer, asked: Sequence[str] = ("all
     if not any(one.items for one in sets):
         raise ConfigError(f"probes {', '.join(asked)}: the tokeniser cannot write a single one of their texts, or the context is too short")
     texts = [text for one in sets for item in one.items for text in item]
-    likely = iter(log_likelihoods(model, _begin(tokenizer), texts).tolist())
+    likely = iter(log_likelihoods(model, begin_ids(tokenizer), texts).tolist())
     marks = {one.name: [_mark([next(likely) for _ in item]) for item in one.items] for one in sets}
     found = []
     for one in sets:
@@ -99,7 +99,7 @@ def _mark(likely: Sequence[float]) -> float:
     return 1 / likely.count(best) if right == best else 0.0
 
 
-def _begin(tokenizer: Tokenizer) -> list[int]:
+def begin_ids(tokenizer: Tokenizer) -> list[int]:
     """What stands before every text: the token for that, that which ends texts, or a new line; nothing where there is none of them."""
     for token in (getattr(tokenizer, "begin_of_text", None), tokenizer.end_of_text):
         if token is not None:
