@@ -12,13 +12,18 @@ from rich import box
 from rich.table import Table
 
 from gptlab.cli.benchmarks import Asked, score
+from gptlab.cli.memory import show_by_heart
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import component_of
 from gptlab.data.prepare import prepare
+from gptlab.data.prepared import Prepared
 from gptlab.data.reader import read_file
 from gptlab.data.tokenizer import digest, to_json
 from gptlab.evaluate.figures import Figures, Group, figures
 from gptlab.evaluate.losses import of_set, of_text
+from gptlab.evaluate.memory import NGRAM, Contamination, Copied
+from gptlab.evaluate.memory import contamination as contaminated
+from gptlab.evaluate.memory import memorised as longest_copies
 from gptlab.generate.weights import PRECISIONS, for_generation
 from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
@@ -44,6 +49,9 @@ def evaluate(
     shots: int | None = None,
     limit: int = 0,
     probes: str = "",
+    memorised: bool = False,
+    contamination: bool = False,
+    ngram: int = NGRAM,
 ) -> None:
     """Print the figures of each run on each of its held-out sets, on `files`, on benchmark `tasks` or on `probes`. Raises ConfigError,
     DataError, CheckpointError or IOFailure."""
@@ -55,6 +63,23 @@ def evaluate(
         raise ConfigError(f"--tokens {tokens} must be at least 0 (0: all)")
     if stride and not files:
         raise ConfigError("--stride goes with --text: a held-out set is measured in the windows of training")
+    if memorised or contamination:
+        _by_heart(
+            runs,
+            files,
+            stride,
+            tokens,
+            as_json,
+            tasks=tasks,
+            probes=probes,
+            memorised=memorised,
+            ngram=ngram,
+            at=(checkpoint, weights, device),
+            precision=precision,
+        )
+        return
+    if ngram != NGRAM:
+        raise ConfigError("--ngram goes with --contamination")
     if (tasks or probes) and (files or tokens):
         raise ConfigError("--tasks and --probes go without --text and --tokens; --limit bounds the examples of each")
     if not tasks and (folder is not None or shots is not None):
@@ -93,6 +118,43 @@ def evaluate(
     _show(found, told)
 
 
+def _by_heart(
+    runs: Sequence[str],
+    files: Sequence[Path],
+    stride: int,
+    tokens: int,
+    as_json: bool,
+    *,
+    tasks: str,
+    probes: str,
+    memorised: bool,
+    ngram: int,
+    at: tuple[str, str, str],
+    precision: str,
+) -> None:
+    if tasks or probes or tokens or stride:
+        raise ConfigError("--memorised and --contamination go without --tasks, --probes, --tokens and --stride")
+    if memorised and (files or ngram != NGRAM):
+        raise ConfigError("--memorised looks at what the run itself writes: --text and --ngram go with --contamination alone")
+    if not memorised and not files:
+        raise ConfigError('--contamination needs --text FILE: a text, or a benchmark\'s examples as JSON lines, one {"text": …} each')
+    texts = {Path(file).name: _documents(file) for file in files}
+    checkpoint, weights, device = at
+    found: list[tuple[str, Copied | tuple[str, Contamination]]] = []
+    names: list[str] = []
+    for reference in runs:
+        loaded = load(reference, checkpoint=checkpoint, weights=weights, device=device)
+        for_generation(loaded.model, precision)
+        names.append(_name(loaded, reference, names))
+        data = prepared_of(loaded, reference)
+        with console.status(f"{names[-1]}: looking through its training text"):
+            if memorised:
+                found += [(names[-1], row) for row in longest_copies(loaded.model, data)]
+            else:
+                found += [(names[-1], (name, contaminated(data, documents, ngram))) for name, documents in texts.items()]
+    show_by_heart(found, as_json)
+
+
 def _listed(asked: str) -> list[str]:
     return [name.strip() for name in asked.split(",") if name.strip()]
 
@@ -115,15 +177,22 @@ def _documents(file: Path) -> list[str]:
     return made
 
 
-def _held_out(loaded: Loaded, reference: str, name: str, tokens: int, told: dict[str, str]) -> list[tuple[str, Figures]]:
+def prepared_of(loaded: Loaded, reference: str) -> Prepared:
+    """The data that a run was trained on. Raises ConfigError where it has none, DataError where they are not what they were."""
     data = loaded.config.data
     if component_of(data.corpus).name == "none" or loaded.run is None:
-        raise ConfigError(f"{reference} has no held-out text of its own: --text FILE names one")
+        raise ConfigError(f"{reference} has no text of its own, held out or trained on: --text FILE names one to measure")
     with PreparationProgress() as progress:
         prepared = prepare(data, report=progress.update)
     written = (loaded.run.read("data.json") or {}).get("hash")
     if written is not None and written != prepared.hash:
         raise DataError(f"{reference} was trained on a text that has changed since: bring back the text of then, or --text FILE")
+    return prepared
+
+
+def _held_out(loaded: Loaded, reference: str, name: str, tokens: int, told: dict[str, str]) -> list[tuple[str, Figures]]:
+    prepared = prepared_of(loaded, reference)
+    data = loaded.config.data
     told["data"] = prepared.hash
     found = []
     for set_name in prepared.validation_names:

@@ -106,6 +106,11 @@ def evaluate_runs(
     ] = "",
     shots: Annotated[int | None, typer.Option(help="Of --tasks: examples shown before each; as the task has it, unless given.")] = None,
     limit: Annotated[int, typer.Option(help="Of --tasks and --probes: examples of each at most; 0: all.")] = 0,
+    memorised: Annotated[bool, typer.Option("--memorised", help="The longest stretch of its training text in what it writes.")] = False,
+    contamination: Annotated[
+        bool, typer.Option("--contamination", help="How much of each --text stands in its training text: a benchmark it has seen?")
+    ] = False,
+    ngram: Annotated[int, typer.Option(help="Of --contamination: words in a row that count as seen.")] = 13,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
@@ -130,4 +135,7 @@ def evaluate_runs(
         shots=shots,
         limit=limit,
         probes=probes,
+        memorised=memorised,
+        contamination=contamination,
+        ngram=ngram,
     )
