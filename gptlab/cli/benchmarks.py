@@ -15,6 +15,8 @@ from gptlab.runner.load import Loaded
 from gptlab.runner.tracked import add_figures
 from gptlab.tracker.console import console, say
 
+CORE = "core"  # 22 tasks and one number, not the harness's
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -46,12 +48,15 @@ def score(runs: Mapping[str, Loaded], asked: Asked, precision: str, as_json: boo
 
 
 def _scores(loaded: Loaded, asked: Asked) -> list[Score]:
+    from gptlab.evaluate.core import core
     from gptlab.evaluate.harness import benchmarks
     from gptlab.evaluate.probes import probe
 
     found = []
-    if asked.tasks:
-        found += benchmarks(loaded.model, loaded.tokenizer, asked.tasks, folder=asked.folder, shots=asked.shots, limit=asked.limit)
+    if CORE in asked.tasks:
+        found += core(loaded.model, loaded.tokenizer, asked.folder, limit=asked.limit)
+    if tasks := [task for task in asked.tasks if task != CORE]:
+        found += benchmarks(loaded.model, loaded.tokenizer, tasks, folder=asked.folder, shots=asked.shots, limit=asked.limit)
     if asked.probes:
         found += probe(loaded.model, loaded.tokenizer, asked.probes, limit=asked.limit)
     return found

@@ -93,7 +93,9 @@ def evaluate_runs(
     ] = None,
     stride: Annotated[int, typer.Option(help="Of --text: tokens from one window to the next; 0: the whole context.")] = 0,
     tokens: Annotated[int, typer.Option(help="Of each text at most so many; 0: all.")] = 0,
-    tasks: Annotated[str, typer.Option(help="Benchmarks of lm-evaluation-harness instead: hellaswag,arc_easy,….", metavar="NAME,…")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Benchmarks of lm-evaluation-harness instead: hellaswag,arc_easy,…; or core.", metavar="NAME,…")
+    ] = "",
     task_folder: Annotated[
         Path | None, typer.Option(help="Tasks of your own: YAML over files, no network needed.", metavar="FOLDER")
     ] = None,
