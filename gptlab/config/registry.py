@@ -47,6 +47,7 @@ BUILTIN = (
     "gptlab.runner.diagnostics",
     "gptlab.runner.reference",
     "gptlab.runner.inherit",
+    "gptlab.evaluate.callback",
 )
 
 
