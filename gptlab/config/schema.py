@@ -159,6 +159,8 @@ NOT_IDENTITY: tuple[str, ...] = (
     "hardware.micro_batch",
     "hardware.checkpointing",
     "objective.chunk",
+    "objective.checked",
+    "objective.shown",
     "data.corpus",  # stands in the data's manifest hash, by content
     "data.tokenizer",
     "data.validation_fraction",

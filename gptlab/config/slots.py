@@ -115,6 +115,11 @@ class Objective(Options):
 
 
 @dataclass(slots=True, kw_only=True)
+class Reward(Options):
+    """What a completion is worth: `reward(sample) -> float`, one of those of objective=grpo."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Tracker(Options):
     """Where metrics go beside `metrics.jsonl`."""
 
@@ -166,6 +171,7 @@ SLOTS: dict[str, Slot] = {
         Slot("optimizer", Optimizer, ("groups", "device")),
         Slot("schedule", Schedule, ("batch_tokens", "steps", "start")),
         Slot("objective", Objective, ()),
+        Slot("objective/reward", Reward, ()),
         Slot("tracker", Tracker, ()),
         Slot("callback", Callback, ()),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from gptlab.data.chat_corpus import ChatCorpus
 from gptlab.data.chat_records import Example
 from gptlab.data.corpus import home
 from gptlab.data.learn import learned_tokenizer, tokenizer_file
+from gptlab.data.order import key, permute
 from gptlab.data.prepared import MANIFEST, TOKENIZER, Prepared, open_prepared, preparer, preparing
+from gptlab.data.problems import Problem
 from gptlab.data.shard import SplitState, SplitWriter, write_json
 from gptlab.data.tokenizer import Tokenizer, digest, from_json
 from gptlab.data.tokenizer_file import given
@@ -121,6 +124,34 @@ class ChatWork:
                 tokens = sum(split.tokens.state.tokens for split in splits.values())
                 self.tell(Progress(self.source, name, "tokens", tokens, None, rows=seen, tokens=tokens))
         return seen
+
+
+class ChatProblems:
+    """Chats as problems: all but the last message is the prompt, and that is the right answer. Held out as their corpus holds them out."""
+
+    def __init__(self, corpus: ChatCorpus, share: float) -> None:
+        self.name, self.corpus, self.share = corpus.name, corpus, share
+        self._sides: dict[bool, list[Example]] = {}
+
+    def _side(self, held_out: bool) -> list[Example]:
+        if held_out not in self._sides:
+            own = self.corpus.validates
+            found = [one for one in self.corpus.found(validation=own and held_out) if isinstance(one, Example)]
+            self._sides[held_out] = found if own else [one for one in found if _held_out(one, self.share) == held_out]
+            if not self._sides[held_out]:
+                raise DataError(f"data/corpus={self.name}: no chat {'is held out' if held_out else 'is left to learn from'}")
+        return self._sides[held_out]
+
+    def problems(self, numbers: Sequence[int], seed: int, *, held_out: bool = False) -> list[Problem]:
+        """As `Problems` says: an epoch after the other, each in an order of its own; those that are held out in the corpus's order."""
+        side = self._side(held_out)
+        found = []
+        for number in numbers:
+            epoch, place = divmod(number, len(side))
+            at = place if held_out else int(permute(np.array([place]), len(side), key(seed, epoch))[0])
+            *asked, answer = side[at].messages
+            found.append(Problem(tuple(asked), answer.content))
+        return found
 
 
 def _held_out(example: Example, share: float) -> bool:

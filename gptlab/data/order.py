@@ -31,13 +31,13 @@ def permute(index: Tokens, n: int, key: int) -> Tokens:
     while walking.any():
         left, right = value[walking] >> _U64(bits), value[walking] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+            left, right = right, left ^ (mixed(right ^ round_key) & mask)
         value[walking] = (left << _U64(bits)) | right
         walking &= value >= _U64(n)
     return value.astype(np.int64)
 
 
-def _mix(x: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
+def mixed(x: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
     """The finaliser of splitmix64 (Steele et al., 2014)."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)

@@ -202,7 +202,8 @@ class Generated:
         for block in np.unique(place // GENERATED_AT_ONCE).tolist():
             if block != self._block:
                 draw = np.random.default_rng([self.seed, self.part, block])
-                self._block, self._rows = block, self.task.rows(GENERATED_AT_ONCE, self.context, draw)
+                make = self.task.held_out_rows if self.part else self.task.rows
+                self._block, self._rows = block, make(GENERATED_AT_ONCE, self.context, draw)
             here = place // GENERATED_AT_ONCE == block
             tokens[here], scored[here] = (a[place[here] % GENERATED_AT_ONCE] for a in self._rows)
         return Fetched(tokens, np.zeros_like(tokens[:, :-1]) if documents else None, scored)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
+from gptlab.data.order import mixed
+from gptlab.data.problems import Problem
 
 Ids = NDArray[np.int64]
 Rows = tuple[Ids, NDArray[np.bool_]]
@@ -45,6 +47,9 @@ class Task(Protocol):
         row, with the least model.context_length that holds one.
         """
 
+    def held_out_rows(self, count: int, length: int, draw: np.random.Generator) -> Rows:
+        """`rows` for the held-out set: where a task keeps examples back, those; else others of the same kind."""
+
     def best_loss(self, length: int) -> float:
         """Nats per scored token that a perfect model reaches in rows of `length`; 0 where the answers are determined."""
 
@@ -69,12 +74,18 @@ class _Generated(ABC):
             yield "".join(self.alphabet[i] for i in row), True
 
     def rows(self, count: int, length: int, draw: np.random.Generator) -> Rows:
+        self._check_length(length)
+        return self._rows(count, length, draw)
+
+    def _check_length(self, length: int) -> None:
         if length < self.least:
             raise ConfigError(
                 f"model.context_length={length} is too short for an example of data/corpus={self.name}: "
                 f"with these options it must be at least {self.least}"
             )
-        return self._rows(count, length, draw)
+
+    def held_out_rows(self, count: int, length: int, draw: np.random.Generator) -> Rows:
+        return self.rows(count, length, draw)
 
     @abstractmethod
     def _rows(self, count: int, length: int, draw: np.random.Generator) -> Rows:
@@ -219,19 +230,30 @@ class Addition(_Generated):
     """Task: sums of two numbers of `digits` digits, one after the other (`47+85=231$`: 132). Scored: the answer's digits.
 
     Numbers are uniform and keep their leading zeros, so that each sum takes as many tokens. `reversed` writes the answer, of one
-    digit more, least digit first: the order in which carries are found.
+    digit more, least digit first: the order in which carries are found. The share `held_out` of all sums, the same whatever the seed
+    and the order of the numbers, is never trained on: the held-out rows are made of them. As problems: `47+85=`, answered by `231`.
     """
 
     name = "addition"
+    VERSION = 2  # 1 held no sum back
 
-    def __init__(self, *, digits: int = 2, reversed: bool = True) -> None:
+    def __init__(self, *, digits: int = 2, reversed: bool = True, held_out: float = 0.1) -> None:
         _check("digits", digits, 1, 18)
-        self.digits, self.reversed, self.size = digits, reversed, 3 * digits + 4
-        super().__init__("0123456789+=$", self.size - 2, {"digits": digits, "reversed": reversed})
+        if not 0.01 <= held_out <= 0.5:
+            raise ConfigError(f"data.corpus.held_out={held_out} must be between 0.01 and 0.5, a share of all sums")
+        self.digits, self.reversed, self.size, self.share = digits, reversed, 3 * digits + 4, held_out
+        super().__init__("0123456789+=$", self.size - 2, {"digits": digits, "reversed": reversed, "held_out": held_out})
 
     def _rows(self, count: int, length: int, draw: np.random.Generator) -> Rows:
+        return self._sums(count, length, draw, held_out=False)
+
+    def held_out_rows(self, count: int, length: int, draw: np.random.Generator) -> Rows:
+        self._check_length(length)
+        return self._sums(count, length, draw, held_out=True)
+
+    def _sums(self, count: int, length: int, draw: np.random.Generator, *, held_out: bool) -> Rows:
         d, sums = self.digits, -(-(length + 1) // self.size)
-        a, b = draw.integers(0, 10**d, (2, count, sums))
+        a, b = self._pairs(draw, (count, sums), held_out)
         zero = self.alphabet.index("0")
         made = np.empty((count, sums, self.size), np.int64)
         for number, start, width, reverse in ((a, 0, d, False), (b, d + 1, d, False), (a + b, 2 * d + 2, d + 1, self.reversed)):
@@ -241,6 +263,28 @@ class Addition(_Generated):
         place = np.arange(1, length + 1) % self.size
         answer = (place > 2 * d + 1) & (place < 3 * d + 3)
         return made.reshape(count, -1)[:, : length + 1], np.broadcast_to(answer, (count, length)).copy()
+
+    def _pairs(self, draw: np.random.Generator, shape: tuple[int, ...], held_out: bool) -> Ids:
+        """Pairs of numbers (2, …): of those that are held out, or of the others."""
+        pairs: Ids = draw.integers(0, 10**self.digits, (2, *shape))
+        while (wrong := self._kept_back(*pairs) != held_out).any():
+            pairs[:, wrong] = draw.integers(0, 10**self.digits, (2, int(wrong.sum())))
+        return pairs
+
+    def _kept_back(self, a: Ids, b: Ids) -> NDArray[np.bool_]:
+        """Whether a sum is held out; whichever of its numbers comes first."""
+        with np.errstate(over="ignore"):
+            chance = mixed(mixed(np.minimum(a, b).astype(np.uint64)) + np.maximum(a, b).astype(np.uint64))
+        return chance >> np.uint64(32) < np.uint64(int(self.share * 2**32))
+
+    def problems(self, numbers: Sequence[int], seed: int, *, held_out: bool = False) -> list[Problem]:
+        made = []
+        for number in numbers:
+            a, b = (int(n) for n in self._pairs(np.random.default_rng([seed, 2 + held_out, number]), (1,), held_out)[:, 0])
+            answer = str(a + b).zfill(self.digits + 1)
+            text = answer[::-1] if self.reversed else answer
+            made.append(Problem(f"{a:0{self.digits}}+{b:0{self.digits}}=", text, tokens=len(text)))
+        return made
 
 
 @register("data/corpus", "dyck")

@@ -38,11 +38,18 @@ class Training(Protocol):
         """Steps that are done."""
 
     @property
+    def batch_number(self) -> int:
+        """The number of the batch that is next or being made, from 0: the steps, and one more for each batch that was passed over."""
+
+    @property
     def folder(self) -> Path:
         """The run's own."""
 
     def initial(self) -> Transformer:
         """A model of its own with the weights that the run began with, in evaluation mode, without gradients."""
+
+    def record(self, measured: Metrics) -> None:
+        """Write a line with what was measured at this step."""
 
 
 class Objective:
@@ -82,6 +89,13 @@ class Objective:
     def measure(self, training: Training) -> Metrics:
         """What is measured with each evaluation beside the held-out loss: `val/…`."""
         return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to keep of it."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave; nothing where a checkpoint kept nothing."""
 
 
 class Plain(Objective):

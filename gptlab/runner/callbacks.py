@@ -56,15 +56,13 @@ class Evaluation(Callback):
         averages = trainer.averages
         with averages.using("default"):
             sets = measured_sets(trainer.model, trainer.data, trainer.config, trainer.world)
-        found = metrics_of(sets)
+            found = metrics_of(sets) | trainer.objective.measure(trainer)
         if trainer.finished and trainer.world.first:
             write_rows(trainer.run, sets["val"].rows)
         if averages.beside:
             with averages.using("average"):
                 average = measure(trainer.model, trainer.data, trainer.config, trainer.world)
             found |= {averages.beside + name.removeprefix("val"): value for name, value in average.items()}
-        with averages.using("default"):
-            found |= trainer.objective.measure(trainer)
         trainer.record(found)
 
 

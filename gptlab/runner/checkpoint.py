@@ -33,7 +33,7 @@ _NAME = re.compile(r"^step-(\d{9})$")
 MODEL, STATE, DATA, MANIFEST = "model.safetensors", "state.safetensors", "state.json", "manifest.json"
 _STATE_KEYS = {"state": {"step"}, "optimizer": {"groups", "scalars"}, "scaler": set[str]()}  # of state.json
 # What begins the names of tensors that are not the model's; no module of a model is called so.
-OPTIMIZER, CALLBACKS, AVERAGE = BESIDE = ("optimizer.", "callbacks.", "average.")
+OPTIMIZER, CALLBACKS, AVERAGE, OBJECTIVE = BESIDE = ("optimizer.", "callbacks.", "average.", "objective.")
 
 
 def checkpoint_name(step: int) -> str:

@@ -56,5 +56,7 @@ def restore(trainer: Trainer, found: Path) -> None:
     unpack_optimizer(trainer.optimizer, saved["optimizer"], tensors)
     if saved["scaler"]:
         trainer.scaler.load_state_dict(saved["scaler"])
+    prefix = checkpoint.OBJECTIVE
+    trainer.objective.restore({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
     trainer.state = State.from_json(saved["state"])
     trainer.writer.saved = trainer.state.step

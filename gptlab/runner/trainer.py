@@ -25,7 +25,7 @@ from gptlab.hardware.strategy import Strategy
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
 from gptlab.objective.protocol import Objective, hooked
 from gptlab.optimizer.groups import parameter_groups
-from gptlab.runner import inherit, sharded
+from gptlab.runner import checkpoint, inherit, sharded
 from gptlab.runner.averages import Averages
 from gptlab.runner.callback import Callback
 from gptlab.runner.guard import Guard
@@ -167,6 +167,11 @@ class Trainer:
         return self.state.step
 
     @property
+    def batch_number(self) -> int:
+        """The number of the batch that is next or being made."""
+        return self.state.batch
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
         return self.run.directory
@@ -299,7 +304,8 @@ class Trainer:
         state: dict[str, Any] = {"state": self.state.to_json(), "optimizer": optimizer, "scaler": self.scaler.state_dict(), **averages}
         step, loss = self.measured_on_held_out
         metrics = {"val/loss": loss} if step == self.state.step else {}
-        self.writer.save(self.state.step, self.model.state_dict(), tensors | kept, state, metrics)
+        own = {checkpoint.OBJECTIVE + name: tensor for name, tensor in self.objective.tensors().items()}
+        self.writer.save(self.state.step, self.model.state_dict(), tensors | kept | own, state, metrics)
 
     def _each(self, hook: str) -> None:
         for callback in self.callbacks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from gptlab.tracker.protocol import Histogram, Metrics, RunInfo, Tracker
 
@@ -26,6 +26,9 @@ class Guarded:
 
     def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
         self._try(lambda: self.tracker.histograms(step, found))
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[float | int | str]]) -> None:
+        self._try(lambda: self.tracker.table(step, name, columns, rows))
 
     def finish(self, summary: Metrics, code: int) -> None:
         self._try(lambda: self.tracker.finish(summary, code))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gptlab.config.registry import register
 from gptlab.tracker.protocol import Histogram, Metrics, RunInfo
@@ -23,6 +23,9 @@ class NoTracker:
 
     def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
         """Nothing keeps them."""
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[float | int | str]]) -> None:
+        """What a table holds lies in the run's folder."""
 
     def finish(self, summary: Metrics, code: int) -> None:
         """Nothing to finish."""

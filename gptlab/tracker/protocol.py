@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,9 @@ class Tracker(Protocol):
 
     def histograms(self, step: int, found: Mapping[str, Histogram]) -> None:
         """How values are spread, by name."""
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[float | int | str]]) -> None:
+        """Rows of a table that grows over the run, with the same columns each time."""
 
     def finish(self, summary: Metrics, code: int) -> None:
         """Called once, whatever happened, with the exit code of the run."""

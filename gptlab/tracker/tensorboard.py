@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptlab.config.errors import ConfigError
@@ -55,6 +55,12 @@ class TensorBoard:
             limits = edges[1:].tolist()
             self._writer.add_histogram_raw(name, edges[0], edges[-1], int(counts.sum()), *sums, limits, counts.tolist(), step)
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[float | int | str]]) -> None:
+        """As text: TensorBoard draws Markdown's tables."""
+        if step > self._logged_to:
+            lines = [list(columns), ["---"] * len(columns), *rows]
+            self._writer.add_text(name, "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines), step)
+
     def finish(self, summary: Metrics, code: int) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -64,3 +70,8 @@ class TensorBoard:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, run.logged_to)
         self._writer.close()
+
+
+def _cell(value: float | int | str) -> str:
+    """A value as a cell of Markdown: what would end it, or the row, is written otherwise."""
+    return json.dumps(value, ensure_ascii=False)[1:-1].replace("|", "\\|") if isinstance(value, str) else f"{value:g}"

@@ -11,7 +11,7 @@ import types
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class _Wandb:
         self._directory = Path()
         self._online = mode == "online"
         self._texts: list[tuple[int, str, str]] = []
+        self._tables: dict[str, tuple[int, list[str], list[list[Any]]]] = {}  # name -> the last step, columns, rows
         self._logged_to = -1
 
     def start(self, run: RunInfo) -> None:
@@ -131,6 +132,12 @@ class _Wandb:
             made = {name: wandb.Histogram(np_histogram=(counts.tolist(), edges.tolist())) for name, (counts, edges) in found.items()}
             self._run.log({**made, "step": step})
 
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[float | int | str]]) -> None:
+        """All of it at the end, as the samples: a table asks the server first."""
+        if self._run is not None and step > self._logged_to:
+            _, _, known = self._tables.get(name, (0, [], []))
+            self._tables[name] = (step, list(columns), [*known, *map(list, rows)])
+
     def finish(self, summary: Metrics, code: int) -> None:
         if self._run is None:
             return
@@ -181,6 +188,8 @@ class _Wandb:
         if self._texts:
             table = wandb.Table(columns=["step", "sample", "text"], data=[list(row) for row in self._texts])
             self._run.log({"samples": table, "step": self._texts[-1][0]})
+        for name, (step, columns, rows) in self._tables.items():
+            self._run.log({name: wandb.Table(columns=columns, data=rows), "step": step})
 
     def _keep_checkpoint(self, summary: Metrics) -> None:
         import wandb
