@@ -127,6 +127,7 @@ def report(overrides: Sequence[str], *, as_json: bool, documents: int, rows: int
             say()
     if rows:
         said = f"  packing={packing}; ⏎ marks where a document begins"
+        said = "  whole chats; what is scored is bright, ⏎ marks where a chat begins" if made.chat else said
         say((f"\nthe first {rows} training rows of {context} tokens", "bold"), (said, "dim"))
         found_rows = figures.rows(made, context, packing, seed, rows)
         print_rows(found_rows, made.tokenizer, most=SHOWN, named=len({row.source for row in found_rows}) > 1)
@@ -160,6 +161,8 @@ def _print_source(source: figures.SourceFigures, context: int, mixed: bool) -> N
     for what, counts in (("rows without text", source.skipped), ("documents taken out", source.removed)):
         if counts:
             say(f"  {what}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()))
+    if source.chats:
+        say(f"  {source.chats}; the assistant wrote {source.written:.1%} of the tokens, which alone are scored")
     if source.dropped is not None:
         say(f"  best_fit packing drops {source.dropped:.1%} of the tokens: what of a document does not fit its row")
 
@@ -186,7 +189,9 @@ def print_rows(
     for number, row in enumerate(rows, start):
         said = "" if row.scored is not None else f"  {len(row.parts)} document{'s' * (len(row.parts) > 1)}"
         say((f"{number}" + (f" {row.source}" if named else ""), "cyan"), (said, "dim"))
-        if row.scored is not None:
+        if row.scored is not None and row.cuts is not None and getattr(tokenizer, "special", None):
+            print_chats(row, tokenizer)
+        elif row.scored is not None:
             print_scored(row, tokenizer)
         elif not tokens:
             parts: list[str | tuple[str, str]] = []
@@ -204,6 +209,24 @@ def print_scored(row: figures.Row, tokenizer: Tokenizer) -> None:
     assert row.scored is not None
     say("  " + tokenizer.decode(row.tokens))
     say(("   " + "".join("^" if scored else " " for scored in row.scored), "dim"))
+
+
+def print_chats(row: figures.Row, tokenizer: Tokenizer) -> None:
+    """A row of chats, what the assistant wrote in bright green; without colours between ›these‹."""
+    assert row.scored is not None
+    scored, borders = [False, *row.scored], set(row.cuts)
+    parts: list[str | tuple[str, str]] = []
+    plain = console.color_system is None or console.no_color
+    begin = 0
+    for at in range(1, len(row.tokens) + 1):
+        if at < len(row.tokens) and at not in borders and scored[at] == scored[begin]:
+            continue
+        text = tokenizer.decode(row.tokens[begin:at])
+        if begin in borders:
+            parts.append(("⏎", "bold yellow"))
+        parts.append((f"›{text}‹" if plain else text, "bold green") if scored[begin] else (text, "dim"))
+        begin = at
+    say(*parts)
 
 
 def _print_tokens(row: figures.Row, tokenizer: Tokenizer) -> None:

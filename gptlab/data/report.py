@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptlab.data.conversations import Conversations
 from gptlab.data.overlap import overlaps
 from gptlab.data.prepared import Prepared
 from gptlab.data.rows import Rows
@@ -37,6 +38,8 @@ class SourceFigures:
     searched: int  # documents among which they were sought
     overlap: dict[str, float]  # the share of each held-out set's stretches that stand in the training text
     dropped: float | None  # the share of tokens that packing leaves out; None: it leaves out none
+    chats: str = ""  # of chats: how they became rows
+    written: float | None = None  # the share of their tokens that the assistant wrote, and that are scored
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def _source(name: str, part: Prepared, whole: Prepared, rows: Rows | None, share
     stream, counts = part.stream("train"), part.split_counts("train")
     starts = stream.document_starts()
     lengths = np.diff([*starts, len(stream)])
-    border = 1 if whole.tokenizer.end_of_text is not None else len(whole.tokenizer.encode(whole.tokenizer.separator))
+    border = 0 if part.chat else 1 if whole.tokenizer.end_of_text is not None else len(whole.tokenizer.encode(whole.tokenizer.separator))
     searched, duplicates = _duplicates(stream, starts, border)
     sets = {n: whole.stream(n) for n in whole.validation_names if n != "val" or not whole.parts}
     dropped = rows.dropped() if isinstance(rows, Packed) else None
@@ -85,7 +88,15 @@ def _source(name: str, part: Prepared, whole: Prepared, rows: Rows | None, share
         searched=searched,
         overlap=overlaps(stream.beginning(LOOKED_AT), sets),
         dropped=dropped[0] / dropped[1] if dropped else None,
+        chats=rows.described() if isinstance(rows, Conversations) else "",
+        written=_written_share(part) if part.chat else None,
     )
+
+
+def _written_share(part: Prepared) -> float:
+    own = part.written("train")
+    count = min(len(own), LOOKED_AT)
+    return float(own.window(0, count).mean())
 
 
 def _histogram(lengths: Tokens) -> list[tuple[int, int]]:
