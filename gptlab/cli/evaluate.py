@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from gptlab.cli.benchmarks import Asked, score
+from gptlab.cli.evaluate_chats import show_chats
 from gptlab.cli.memory import show_by_heart
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import component_of
@@ -52,6 +53,8 @@ def evaluate(
     memorised: bool = False,
     contamination: bool = False,
     ngram: int = NGRAM,
+    chats: Path | None = None,
+    answer_tokens: int = 200,
 ) -> None:
     """Print the figures of each run on each of its held-out sets, on `files`, on benchmark `tasks` or on `probes`. Raises ConfigError,
     DataError, CheckpointError or IOFailure."""
@@ -80,22 +83,23 @@ def evaluate(
         return
     if ngram != NGRAM:
         raise ConfigError("--ngram goes with --contamination")
+    if chats is not None:
+        if files or tokens or tasks or probes:
+            raise ConfigError("--chats goes without --text, --tokens, --tasks and --probes; --limit bounds its questions")
+        opened = _opened(runs, checkpoint, weights, device, precision)
+        show_chats(opened, str(chats), limit=limit, max_tokens=answer_tokens, as_json=as_json)
+        return
     if (tasks or probes) and (files or tokens):
         raise ConfigError("--tasks and --probes go without --text and --tokens; --limit bounds the examples of each")
     if not tasks and (folder is not None or shots is not None):
         raise ConfigError("--task-folder and --shots go with --tasks")
-    if limit and not (tasks or probes):
-        raise ConfigError("--limit goes with --tasks and --probes; --tokens bounds a text")
+    if limit and not (tasks or probes or chats):
+        raise ConfigError("--limit goes with --tasks, --probes and --chats; --tokens bounds a text")
     if limit < 0 or (shots is not None and shots < 0):
         raise ConfigError(f"--limit {limit} and --shots {shots} must be at least 0")
     if tasks or probes:
         asked = Asked(_listed(tasks), _listed(probes), folder, shots, limit)
-        opened = [(reference, load(reference, checkpoint=checkpoint, weights=weights, device=device)) for reference in runs]
-        named: dict[str, Loaded] = {}
-        for reference, loaded in opened:
-            for_generation(loaded.model, precision)
-            named[_name(loaded, reference, list(named))] = loaded
-        score(named, asked, precision, as_json)
+        score(_opened(runs, checkpoint, weights, device, precision), asked, precision, as_json)
         return
     texts = {str(file): _documents(file) for file in files}
     found: list[tuple[str, str, Figures]] = []
@@ -116,6 +120,16 @@ def evaluate(
         print(json.dumps([{"run": run, "text": text, **one.to_json()} for run, text, one in found], indent=1, allow_nan=False, default=str))
         return
     _show(found, told)
+
+
+def _opened(runs: Sequence[str], checkpoint: str, weights: str, device: str, precision: str) -> dict[str, Loaded]:
+    """The runs by the names they have in a table, all of them opened before any is made ready."""
+    opened = [(reference, load(reference, checkpoint=checkpoint, weights=weights, device=device)) for reference in runs]
+    named: dict[str, Loaded] = {}
+    for reference, loaded in opened:
+        for_generation(loaded.model, precision)
+        named[_name(loaded, reference, list(named))] = loaded
+    return named
 
 
 def _by_heart(

@@ -112,6 +112,10 @@ def evaluate_runs(
     contamination: Annotated[
         bool, typer.Option("--contamination", help="How much of each --text stands in its training text: a benchmark it has seen?")
     ] = False,
+    chats: Annotated[
+        Path | None, typer.Option(help="Chats whose last message is the right answer: what a chatbot answers.", metavar="FILE")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Of --chats: tokens of an answer at most.")] = 200,
     ngram: Annotated[int, typer.Option(help="Of --contamination: words in a row that count as seen.")] = 13,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
@@ -132,6 +136,8 @@ def evaluate_runs(
         device=device,
         precision=precision,
         as_json=as_json,
+        chats=chats,
+        answer_tokens=answer_tokens,
         tasks=tasks,
         folder=task_folder,
         shots=shots,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def test_every_experiment_composes_with_every_value_of_its_axes(file: Path) -> N
     axes = {key: str(values).split(",") for key, values in (sweeper.get("params") or {}).items() if key != "seed"}
     for i in range(max((len(values) for values in axes.values()), default=1)):
         compose([f"experiment={file.stem}", *(f"{key}={values[i % len(values)].strip()}" for key, values in axes.items())])
+    for stage in (sweeper.get("stages") or {}).values():
+        compose([f"experiment={file.stem}", *shlex.split(stage)])
 
 
 @pytest.mark.parametrize("found", [pytest.param(c, id=f"{c.slot.path}={c.name}") for c in components() if c.outside is None])
