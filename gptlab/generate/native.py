@@ -106,7 +106,8 @@ def _fork() -> None:
 
 
 _forked = False
-os.register_at_fork(after_in_child=_fork)
+if hasattr(os, "register_at_fork"):  # where there are forks
+    os.register_at_fork(after_in_child=_fork)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -75,7 +75,8 @@ typedef struct {
     int wide, rows;
     block *many, *one;
 } shape;
-#define SHAPES(KIND) {{1, 8, KIND##_8_1, KIND##_1_1}, {2, 8, KIND##_8_2, KIND##_1_2}, {4, 4, KIND##_4_4, KIND##_1_4}, {8, 2, KIND##_2_8, KIND##_1_8}}
+#define SHAPES(KIND)                                                                                                                  \
+    {{1, 8, KIND##_8_1, KIND##_1_1}, {2, 8, KIND##_8_2, KIND##_1_2}, {4, 4, KIND##_4_4, KIND##_1_4}, {8, 2, KIND##_2_8, KIND##_1_8}}
 static const shape shapes[3][4] = {SHAPES(fp32), SHAPES(bf16), SHAPES(int8)};
 
 static const shape *shape_for(long parts, long b) { return &shapes[parts / 2][b > 4 ? 3 : b > 2 ? 2 : b - 1]; }

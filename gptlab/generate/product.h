@@ -51,10 +51,11 @@ static inline uint16_t rounded(float value) { /* to the nearest, ties to even, a
 static inline float kept(float value, int half) { return half ? widened(rounded(value)) : value; }
 
 /* Shuffles, and no halves by way of memory: a sum whose address is taken would stay in memory all the time. */
+#define PLACES(n) n ^ 0, n ^ 1, n ^ 2, n ^ 3, n ^ 4, n ^ 5, n ^ 6, n ^ 7, n ^ 8, n ^ 9, n ^ 10, n ^ 11, n ^ 12, n ^ 13, n ^ 14, n ^ 15
 #ifdef __clang__
-#define MIRRORED(v, n) __builtin_shufflevector(v, v, n ^ 0, n ^ 1, n ^ 2, n ^ 3, n ^ 4, n ^ 5, n ^ 6, n ^ 7, n ^ 8, n ^ 9, n ^ 10, n ^ 11, n ^ 12, n ^ 13, n ^ 14, n ^ 15)
+#define MIRRORED(v, n) __builtin_shufflevector(v, v, PLACES(n))
 #else
-#define MIRRORED(v, n) __builtin_shuffle(v, (ints){n ^ 0, n ^ 1, n ^ 2, n ^ 3, n ^ 4, n ^ 5, n ^ 6, n ^ 7, n ^ 8, n ^ 9, n ^ 10, n ^ 11, n ^ 12, n ^ 13, n ^ 14, n ^ 15})
+#define MIRRORED(v, n) __builtin_shuffle(v, (ints){PLACES(n)})
 #endif
 
 static inline float total(floats value) {

@@ -55,7 +55,9 @@ static void wait_for_all(barrier *here, long threads) {
     }
 }
 
-static inline float number(const void *from, long at, long half) { return half ? widened(((const uint16_t *)from)[at]) : ((const float *)from)[at]; }
+static inline float number(const void *from, long at, long half) {
+    return half ? widened(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+}
 
 static inline floats picked(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
 
@@ -257,7 +259,9 @@ static long shared_work(const model *m, long b) {
     return (b * (m->width + qkv + z + up + m->hidden) + LANES - 1) / LANES * LANES;
 }
 
-static long own_work(const model *m, long b, long tokens) { return (2 * b + wide(b)) * longest(m) + (4 * m->head_width + tokens + 2 * LANES) / LANES * LANES; }
+static long own_work(const model *m, long b, long tokens) {
+    return (2 * b + wide(b)) * longest(m) + (4 * m->head_width + tokens + 2 * LANES) / LANES * LANES;
+}
 
 /* How many floats `step` needs to work with, where the longest row has so many tokens after it. */
 long step_work(const model *m, long b, long tokens, long threads) { return shared_work(m, b) + threads * own_work(m, b, tokens); }
