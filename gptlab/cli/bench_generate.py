@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from gptlab.config.compose import compose
 from gptlab.config.errors import ConfigError
 from gptlab.config.resolve import resolve
 from gptlab.config.schema import Config, ModelConfig
-from gptlab.generate import native
+from gptlab.generate import native, step
 from gptlab.generate.engine import generate
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.weights import for_generation
 from gptlab.hardware.device import machine, synchronise
+from gptlab.model.pages import Pages
 from gptlab.model.transformer import Transformer, new_model
 from gptlab.tracker.console import RunProgress, console, say
 
@@ -81,7 +83,8 @@ def bench(*, model: str, batches: Sequence[int], tokens: int, rounds: int, preci
         "prompt_tokens": PROMPT,
         "top_k": TOP_K,
         "memory_limit": limit,
-        "native": device.type == "cpu" and precision != "fp32" and native.available(),
+        "native": device.type == "cpu" and native.available(),
+        "one_call": step.of(ours) is not None,  # whether a step is one call
         "note": note,
         "rows": [_row(batch, by_name, limit) for batch, by_name in found.items()],
     }
@@ -208,14 +211,19 @@ def _read_bytes(model: Transformer, width: int) -> int:
 
 
 def _read_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes a second at which a matrix much larger than the caches is multiplied with a vector, the best of several."""
+    """Bytes a second at which a matrix much larger than the caches is multiplied with a vector, the best of several: by torch, and on a CPU
+    by our own product too, from pages as large as the weights'."""
     width = 4096
     matrix = torch.ones(READ_BYTES // width // dtype.itemsize, width, device=device, dtype=dtype)
     vector, best = torch.ones(width, device=device, dtype=dtype), 0.0
-    for _ in range(8):
+    ways: list[Callable[[], Tensor]] = [lambda: torch.mv(matrix, vector)]
+    if device.type == "cpu" and native.available():
+        own, short = native.Product(Pages().copy(matrix.view(torch.bfloat16).view(-1, width))), torch.ones(1, width, dtype=torch.bfloat16)
+        ways.append(lambda: own(short))
+    for way in ways * 8:
         synchronise(device)
         started = time.perf_counter()
-        torch.mv(matrix, vector)
+        way()
         synchronise(device)
         best = max(best, READ_BYTES / (time.perf_counter() - started))
     return best

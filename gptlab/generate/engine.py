@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gptlab.config.errors import ConfigError
+from gptlab.generate import step
 from gptlab.generate.sampling import Sampling, draw
 from gptlab.model.cache import KVCache
 from gptlab.model.transformer import Transformer
@@ -73,6 +74,7 @@ class Engine:
     def __init__(self, model: Transformer, *, logprobs: bool = False) -> None:
         self.model, self.logprobs = model, logprobs
         self.context = model.config.context_length
+        self._step = step.of(model)
         self.rows: list[Row] = []
         self._cache: KVCache | None = None
         self._logits: Float[Tensor, "b v"] | None = None  # of each row's next token
@@ -181,7 +183,12 @@ class Engine:
 
     @torch.inference_mode()
     def _feed(self) -> None:
-        newest = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._device)
+        tokens = [row.tokens[-1] for row in self.rows]
+        if self._step is not None and self._step.takes(len(tokens)):
+            assert self._cache is not None
+            self._logits = self._step(tokens, self._cache)
+            return
+        newest = torch.tensor(tokens, device=self._device)[:, None]
         self._logits = self.model(newest, cache=self._cache, reduce=_of_last)
 
     @torch.inference_mode()

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gptlab.model.pages import Pages
+
 NEVER = 1 << 30  # the place of a slot that holds nothing: later than every query's
 ROOM = 128  # tokens for which there is memory at first
+LARGE = 1 << 18  # bytes of a layer's keys
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,7 @@ class KVCache:
         Raises ValueError where a row would be longer than the capacity.
         """
         tokens, size, length = k.shape[2], self.sizes[layer], self.length
-        if length + tokens > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, not {length + tokens}")
-        if length + tokens > self._room:
-            self._reserve(max(length + tokens, 2 * self._room))
+        self.make_room(tokens)
         keys, values = self.keys[layer], self.values[layer]
         if not length:
             self._store(layer, k, v)
@@ -108,11 +108,20 @@ class KVCache:
         self._store(layer, k, v)
         return seen
 
+    def make_room(self, tokens: int) -> None:
+        """Have memory for so many more tokens. Raises ValueError where a row would be longer than the capacity."""
+        needed = self.length + tokens
+        if needed > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {needed}")
+        if needed > self._room:
+            self._reserve(max(needed, 2 * self._room))
+
     def _reserve(self, tokens: int) -> None:
         """Have memory for so many tokens, or for `capacity`."""
         self._room = min(self.capacity, tokens)
+        pages = Pages()
         for kept in (self.keys, self.values):
-            kept[:] = [F.pad(t, (0, 0, 0, min(size, self._room) - t.shape[2])) for size, t in zip(self.sizes, kept, strict=True)]
+            kept[:] = [_longer(t, min(size, self._room), pages) for size, t in zip(self.sizes, kept, strict=True)]
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         size, tokens = self.sizes[layer], k.shape[2]
@@ -170,3 +179,13 @@ class KVCache:
         )
         self.last = torch.cat((self.last, other.last)) if self.last is not None and other.last is not None else None
         self.lengths = [*self.lengths, *other.lengths]
+
+
+def _longer(kept: Float[Tensor, "b g s k"], room: int, pages: Pages) -> Float[Tensor, "b g r k"]:
+    """With zeros up to `room`; on a CPU in `pages`, unless it is so little that the caches keep it."""
+    b, g, held, k = kept.shape
+    if kept.device.type != "cpu" or b * g * room * k * kept.element_size() < LARGE:
+        return F.pad(kept, (0, 0, 0, room - held))
+    longer = pages.empty((b, g, room, k), kept.dtype)
+    longer[:, :, :held], longer[:, :, held:] = kept, 0
+    return longer

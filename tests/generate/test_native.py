@@ -56,5 +56,5 @@ def test_it_is_built_once_for_a_compiler_and_a_cpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GPTLAB_HOME", str(tmp_path))
     for cpu in ("one", "one", "another"):
         monkeypatch.setattr(native, "_cpu", lambda cpu=cpu: cpu)
-        native._library.__wrapped__()
+        native.library.__wrapped__()
     assert len(list((tmp_path / "native").iterdir())) == 2

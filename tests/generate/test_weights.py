@@ -79,7 +79,7 @@ def test_without_a_compiler_it_says_so_and_the_products_are_torchs(precision: st
     for compiler in ("/no/compiler", "false"):  # none at all, and one that fails
         monkeypatch.setenv("CC", compiler)
         native.available.cache_clear()
-        native._library.cache_clear()
+        native.library.cache_clear()
         with pytest.warns(native.NativeWarning, match="product.c could not be built"):
             made = for_generation(model(), precision)
     monkeypatch.undo()
