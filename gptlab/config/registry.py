@@ -46,6 +46,7 @@ BUILTIN = (
     "gptlab.runner.diagnostics",
     "gptlab.runner.reference",
     "gptlab.runner.inherit",
+    "gptlab.interpret.insight",
 )
 
 
