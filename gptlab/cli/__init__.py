@@ -334,6 +334,18 @@ def runs_diff(run: RunArgument, other: RunArgument, as_json: JsonOption = False)
     diff(run, other, as_json=as_json)
 
 
+@runs_app.command("lineage")
+def runs_lineage(
+    run: RunArgument,
+    price: Annotated[float, typer.Option("--price", help="Dollars an hour of the machine, for the cost.")] = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the runs that a run's weights came through: data, tokens, time and cost of each."""
+    from gptlab.cli.lineage import lineage
+
+    lineage(run, price=price, as_json=as_json)
+
+
 @runs_app.command("verify")
 def runs_verify(run: RunArgument, as_json: JsonOption = False) -> None:
     """Check every hash of a run's checkpoints, and its other files."""

@@ -111,7 +111,7 @@ def _guards(trainer: Trainer) -> float:
     for _ in range(GUARD_CALLS):
         seed_step(0, trainer.state.batch, 0)
         loss, bad = trainer._exchange(2.5)
-        trainer.guard.judge(loss, 1.0, bad)
+        trainer.guard.judge(loss, 1.0, bad, 1.0)
         if trainer.stop.asked or trainer.state.batch in trainer.passed or trainer._unwritten:
             break
     return (time.perf_counter() - started) / GUARD_CALLS

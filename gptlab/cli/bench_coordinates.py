@@ -109,7 +109,7 @@ def changes(config: Config, data: Prepared, steps: int, seed: int) -> Moved:
         group["lr"] *= RATE
     objective: Callable[[Transformer, Batch], Tensor] = build(config.objective)
     rows = max(1, TOKENS // context)
-    loader = Loader(training_rows(data, context, config.data.packing, seed), rows, documents=model.sees_documents)
+    loader = Loader(training_rows(data, context, config.data.packing, seed, config.data.too_long), rows, documents=model.sees_documents)
     probe, moved = loader.batch(0).to(device), dict[str, list[float]]()
     start = outputs(model, probe)
     for step in range(steps):

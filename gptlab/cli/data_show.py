@@ -52,7 +52,7 @@ def show(reference: str, *, step: int | None, batch: int | None, rows: int | Non
         context, seed = config.model.context_length, int(config.seeds.data or 0)
         size = int(config.trainer.batch_tokens) // context
         first, count = batch * size, size if rows is None else min(rows, size)
-        found = figures.rows(data, context, config.data.packing, seed, count, first)
+        found = figures.rows(data, context, config.data.packing, seed, count, first, config.data.too_long)
         noted = {line["batch"]: line for line in read_metrics(run.directory / PASSED)}  # once, however often it was come upon
         lines = [line for line in noted.values() if step is not None and line["step"] == step]
         if as_json:
@@ -99,7 +99,7 @@ def _last_step(run: Run, config: Config, data: Prepared) -> int:
         model = meta_model(config.model, data.vocabulary)
         parameters, flops = count_parameters(model)["total"], flops_per_token(model)
     if budget.unit == "epochs":
-        source = training_rows(data, context, config.data.packing, int(config.seeds.data or 0))
+        source = training_rows(data, context, config.data.packing, int(config.seeds.data or 0), config.data.too_long)
         epoch = Loader(source, batch_tokens // context).epoch_tokens
     start = start_step(config)
     steps = budget.steps(batch_tokens=batch_tokens, epoch_tokens=epoch, parameters=parameters, flops_per_token=flops, start=start)

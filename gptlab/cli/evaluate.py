@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from gptlab.cli.benchmarks import Asked, score
+from gptlab.cli.memory import show_by_heart
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import component_of
 from gptlab.data.prepare import prepare
+from gptlab.data.prepared import Prepared
 from gptlab.data.reader import read_file
 from gptlab.data.tokenizer import digest, to_json
 from gptlab.evaluate.figures import Figures, Group, figures
 from gptlab.evaluate.losses import of_set, of_text
+from gptlab.evaluate.memory import NGRAM, Contamination, Copied
+from gptlab.evaluate.memory import contamination as contaminated
+from gptlab.evaluate.memory import memorised as longest_copies
 from gptlab.generate.weights import PRECISIONS, for_generation
 from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
 from gptlab.tracker.console import PreparationProgress, console, say
 
-BENCHMARKS = "benchmarks.json"  # in a run's folder
 LONGEST = 24  # letters of a run's name in a table
 HEAD = ("tokens", "loss", "perplexity", "bits/byte", "right", "off by")
 
@@ -44,9 +48,13 @@ def evaluate(
     folder: Path | None = None,
     shots: int | None = None,
     limit: int = 0,
+    probes: str = "",
+    memorised: bool = False,
+    contamination: bool = False,
+    ngram: int = NGRAM,
 ) -> None:
-    """Print the figures of each run on each of its held-out sets, on `files`, or on benchmark `tasks`. Raises ConfigError, DataError,
-    CheckpointError or IOFailure."""
+    """Print the figures of each run on each of its held-out sets, on `files`, on benchmark `tasks` or on `probes`. Raises ConfigError,
+    DataError, CheckpointError or IOFailure."""
     if device.split(":")[0] not in machine().devices:
         raise ConfigError(f"--device {device}: this machine has {', '.join(machine().devices)}")
     if precision not in PRECISIONS:
@@ -55,15 +63,39 @@ def evaluate(
         raise ConfigError(f"--tokens {tokens} must be at least 0 (0: all)")
     if stride and not files:
         raise ConfigError("--stride goes with --text: a held-out set is measured in the windows of training")
-    if tasks and (files or tokens):
-        raise ConfigError("--tasks goes without --text and --tokens; --limit bounds the examples of a task")
-    if not tasks and (folder is not None or shots is not None or limit):
-        raise ConfigError("--task-folder, --shots and --limit go with --tasks")
+    if memorised or contamination:
+        _by_heart(
+            runs,
+            files,
+            stride,
+            tokens,
+            as_json,
+            tasks=tasks,
+            probes=probes,
+            memorised=memorised,
+            ngram=ngram,
+            at=(checkpoint, weights, device),
+            precision=precision,
+        )
+        return
+    if ngram != NGRAM:
+        raise ConfigError("--ngram goes with --contamination")
+    if (tasks or probes) and (files or tokens):
+        raise ConfigError("--tasks and --probes go without --text and --tokens; --limit bounds the examples of each")
+    if not tasks and (folder is not None or shots is not None):
+        raise ConfigError("--task-folder and --shots go with --tasks")
+    if limit and not (tasks or probes):
+        raise ConfigError("--limit goes with --tasks and --probes; --tokens bounds a text")
     if limit < 0 or (shots is not None and shots < 0):
         raise ConfigError(f"--limit {limit} and --shots {shots} must be at least 0")
-    if tasks:
+    if tasks or probes:
+        asked = Asked(_listed(tasks), _listed(probes), folder, shots, limit)
         opened = [(reference, load(reference, checkpoint=checkpoint, weights=weights, device=device)) for reference in runs]
-        _benchmarks(opened, precision, tasks.split(","), folder, shots, limit, as_json)
+        named: dict[str, Loaded] = {}
+        for reference, loaded in opened:
+            for_generation(loaded.model, precision)
+            named[_name(loaded, reference, list(named))] = loaded
+        score(named, asked, precision, as_json)
         return
     texts = {str(file): _documents(file) for file in files}
     found: list[tuple[str, str, Figures]] = []
@@ -86,45 +118,45 @@ def evaluate(
     _show(found, told)
 
 
-def _benchmarks(
-    opened: Sequence[tuple[str, Loaded]],
-    precision: str,
-    tasks: Sequence[str],
-    folder: Path | None,
-    shots: int | None,
-    limit: int,
+def _by_heart(
+    runs: Sequence[str],
+    files: Sequence[Path],
+    stride: int,
+    tokens: int,
     as_json: bool,
+    *,
+    tasks: str,
+    probes: str,
+    memorised: bool,
+    ngram: int,
+    at: tuple[str, str, str],
+    precision: str,
 ) -> None:
-    """Each task's figures, a column a run; they are kept in the run's benchmarks.json."""
-    from gptlab.evaluate.harness import Score, benchmarks
-
-    found: dict[str, list[Score]] = {}
-    for reference, loaded in opened:
+    if tasks or probes or tokens or stride:
+        raise ConfigError("--memorised and --contamination go without --tasks, --probes, --tokens and --stride")
+    if memorised and (files or ngram != NGRAM):
+        raise ConfigError("--memorised looks at what the run itself writes: --text and --ngram go with --contamination alone")
+    if not memorised and not files:
+        raise ConfigError('--contamination needs --text FILE: a text, or a benchmark\'s examples as JSON lines, one {"text": …} each')
+    texts = {Path(file).name: _documents(file) for file in files}
+    checkpoint, weights, device = at
+    found: list[tuple[str, Copied | tuple[str, Contamination]]] = []
+    names: list[str] = []
+    for reference in runs:
+        loaded = load(reference, checkpoint=checkpoint, weights=weights, device=device)
         for_generation(loaded.model, precision)
-        name = _name(loaded, reference, list(found))
-        with console.status(f"{name}: {', '.join(tasks)}"):
-            found[name] = benchmarks(loaded.model, loaded.tokenizer, tasks, folder=folder, shots=shots, limit=limit)
-        if loaded.run is not None:
-            kept = loaded.run.read(BENCHMARKS) or {}
-            made = {f"{s.task}/{s.metric}": asdict(s) | {"precision": precision} for s in found[name]}
-            loaded.run.write(BENCHMARKS, kept | made)
-    if as_json:
-        print(json.dumps({name: [asdict(score) for score in scores] for name, scores in found.items()}, indent=1))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, head in enumerate(("task", "metric", "shots", "examples", *found)):
-        table.add_column(head, justify="right" if i > 1 else "left", overflow="fold")
-    by_run = [{(s.task, s.metric): s for s in scores} for scores in found.values()]
-    for key in dict.fromkeys(key for scores in by_run for key in scores):
-        one = next(scores[key] for scores in by_run if key in scores)
-        shown = ("" if key not in scores else _score(scores[key].value, scores[key].error) for scores in by_run)
-        table.add_row(one.task, one.metric, str(one.shots), f"{one.examples:,}", *shown)
-    console.print(table)
-    say(("± a standard error", "dim"))
+        names.append(_name(loaded, reference, names))
+        data = prepared_of(loaded, reference)
+        with console.status(f"{names[-1]}: looking through its training text"):
+            if memorised:
+                found += [(names[-1], row) for row in longest_copies(loaded.model, data)]
+            else:
+                found += [(names[-1], (name, contaminated(data, documents, ngram))) for name, documents in texts.items()]
+    show_by_heart(found, as_json)
 
 
-def _score(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+def _listed(asked: str) -> list[str]:
+    return [name.strip() for name in asked.split(",") if name.strip()]
 
 
 def _documents(file: Path) -> list[str]:
@@ -145,15 +177,22 @@ def _documents(file: Path) -> list[str]:
     return made
 
 
-def _held_out(loaded: Loaded, reference: str, name: str, tokens: int, told: dict[str, str]) -> list[tuple[str, Figures]]:
+def prepared_of(loaded: Loaded, reference: str) -> Prepared:
+    """The data that a run was trained on. Raises ConfigError where it has none, DataError where they are not what they were."""
     data = loaded.config.data
     if component_of(data.corpus).name == "none" or loaded.run is None:
-        raise ConfigError(f"{reference} has no held-out text of its own: --text FILE names one")
+        raise ConfigError(f"{reference} has no text of its own, held out or trained on: --text FILE names one to measure")
     with PreparationProgress() as progress:
         prepared = prepare(data, report=progress.update)
     written = (loaded.run.read("data.json") or {}).get("hash")
     if written is not None and written != prepared.hash:
         raise DataError(f"{reference} was trained on a text that has changed since: bring back the text of then, or --text FILE")
+    return prepared
+
+
+def _held_out(loaded: Loaded, reference: str, name: str, tokens: int, told: dict[str, str]) -> list[tuple[str, Figures]]:
+    prepared = prepared_of(loaded, reference)
+    data = loaded.config.data
     told["data"] = prepared.hash
     found = []
     for set_name in prepared.validation_names:

@@ -93,19 +93,33 @@ def evaluate_runs(
     ] = None,
     stride: Annotated[int, typer.Option(help="Of --text: tokens from one window to the next; 0: the whole context.")] = 0,
     tokens: Annotated[int, typer.Option(help="Of each text at most so many; 0: all.")] = 0,
-    tasks: Annotated[str, typer.Option(help="Benchmarks of lm-evaluation-harness instead: hellaswag,arc_easy,….", metavar="NAME,…")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Benchmarks of lm-evaluation-harness instead: hellaswag,arc_easy,…; or core.", metavar="NAME,…")
+    ] = "",
     task_folder: Annotated[
         Path | None, typer.Option(help="Tasks of your own: YAML over files, no network needed.", metavar="FOLDER")
     ] = None,
+    probes: Annotated[
+        str,
+        typer.Option(
+            help="What it knows and can do, no download: all, english, german, facts, arithmetic, addition, recall, induction, copying.",
+            metavar="NAME,…",
+        ),
+    ] = "",
     shots: Annotated[int | None, typer.Option(help="Of --tasks: examples shown before each; as the task has it, unless given.")] = None,
-    limit: Annotated[int, typer.Option(help="Of --tasks: examples of each at most; 0: all.")] = 0,
+    limit: Annotated[int, typer.Option(help="Of --tasks and --probes: examples of each at most; 0: all.")] = 0,
+    memorised: Annotated[bool, typer.Option("--memorised", help="The longest stretch of its training text in what it writes.")] = False,
+    contamination: Annotated[
+        bool, typer.Option("--contamination", help="How much of each --text stands in its training text: a benchmark it has seen?")
+    ] = False,
+    ngram: Annotated[int, typer.Option(help="Of --contamination: words in a row that count as seen.")] = 13,
     checkpoint: CheckpointOption = "latest",
     weights: WeightsOption = "default",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")] = "cpu",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "fp32",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure runs on their held-out sets or any text (loss, bits a byte, by place and frequency, calibration), or on benchmarks."""
+    """Measure runs on held-out sets or any text (loss, bits a byte, by place and frequency, calibration), on benchmarks, by probes."""
     from gptlab.cli.evaluate import evaluate
 
     evaluate(
@@ -122,4 +136,8 @@ def evaluate_runs(
         folder=task_folder,
         shots=shots,
         limit=limit,
+        probes=probes,
+        memorised=memorised,
+        contamination=contamination,
+        ngram=ngram,
     )

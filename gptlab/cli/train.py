@@ -23,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config import compose
 from gptlab.config.errors import ConfigError, GptlabError, Pruned, Stopped
-from gptlab.config.explain import check_overrides, explain
+from gptlab.config.explain import check_overrides, explain, references_as_text
 from gptlab.config.folders import runs_root
 from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
+from gptlab.config.stages import LAUNCH, OUTCOMES
 from gptlab.config.sweep import Sweep, sweep
 from gptlab.hardware.world import World, launched, leave
 from gptlab.runner.run import PICTURE, read_ablation, write_ablation
@@ -37,7 +38,7 @@ from gptlab.study.compare import METRIC
 from gptlab.study.live import LiveTable
 from gptlab.tracker.console import complain, console, say
 
-RERUN, LAUNCH, SIZE = "GPTLAB_RERUN", "GPTLAB_LAUNCH", "GPTLAB_LAUNCH_SIZE"
+RERUN, SIZE = "GPTLAB_RERUN", "GPTLAB_LAUNCH_SIZE"
 
 
 def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
@@ -45,7 +46,7 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
 
     `conclude`: compare a sweep's arms at its end.
     """
-    own, passed = _own_options(arguments)
+    own, passed = _own_options(references_as_text(arguments))
     check_overrides(a for a in passed if not a.startswith("-"))
     with contextlib.ExitStack() as stack:
         if "--scratch" in own:
@@ -65,7 +66,9 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
         stopped = [r for r in results if r["state"] == "stopped"]
         if stopped:
             raise Stopped(stopped[0]["message"])
-        if (launched() or World()).first and (asked.search or (results and results[0]["sweep"])):
+        if (launched() or World()).first and asked.stages:
+            _after_stages(results)
+        elif (launched() or World()).first and (asked.search or (results and results[0]["sweep"])):
             after_sweep(results, conclude=conclude, search=asked.search, study=asked.name or results[0]["study"])
         for result in results:
             if result["code"] and result["sweep"]:
@@ -153,7 +156,7 @@ def _launch_folder(shared: Path | None) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="gptlab-launch-", dir=shared))
     try:
         with environment(LAUNCH, str(folder)):
-            yield folder / "outcomes.jsonl"
+            yield folder / OUTCOMES
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if shared is not None:
@@ -231,7 +234,7 @@ def task(composed: DictConfig) -> float | None:
         _note(state | {"state": "failed", "code": 1, "message": message})
         say(("✗", "red"), f" {title}  {message}")
         return None
-    _note(state | {"state": outcome.state, "code": outcome.code, "message": outcome.message})
+    _note(state | {"state": outcome.state, "code": outcome.code, "message": outcome.message, "run": outcome.run.identity})
     loss = (outcome.run.read("done.json") or {}).get("summary", {}).get(METRIC)
     return None if loss is None else float(loss)
 
@@ -248,7 +251,7 @@ def _side_by_side(config: Config, processes: int | None) -> Config:
 def _note(result: dict[str, Any]) -> None:
     folder = os.environ.get(LAUNCH)
     if folder:
-        with (Path(folder) / "outcomes.jsonl").open("a", encoding="utf-8") as file:
+        with (Path(folder) / OUTCOMES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 
 
@@ -257,6 +260,20 @@ def _read(file: Path) -> list[dict[str, Any]]:
         return []
     found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return sorted(found, key=lambda r: int(r["job"]))
+
+
+def _after_stages(results: list[dict[str, Any]]) -> None:
+    """Say which runs the last one came through, let it speak, and tell of the stage that failed."""
+    from gptlab.cli.lineage import lineage
+
+    made = [r["run"] for r in results if r.get("run")]
+    if made:
+        say()
+        lineage(made[-1], price=0.0, as_json=False)
+        say(f"talk to it: gptlab chat {made[-1]}")
+    for result in results:
+        if result["state"] == "failed":
+            complain(f"failed: {result['title']}: {result['message']} (exit {result['code']}); the stages after it were not begun")
 
 
 def after_sweep(results: list[dict[str, Any]], *, study: str, conclude: bool = True, search: str = "") -> None:

@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
-from gptlab.config import halving, search, sweeper
+from gptlab.config import halving, search, stages, sweeper
 from gptlab.config.cluster import store_cluster
 from gptlab.config.codec import RECIPES_WITH_SLOTS, options_in
 from gptlab.config.errors import ConfigError
-from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, short_key, wrong_key
+from gptlab.config.explain import check_overrides, environment_refused, explain, extra_key, references_as_text, short_key, wrong_key
 from gptlab.config.registry import absent_parts, check_choices, components, load_components
 from gptlab.config.schema import Config
 from gptlab.config.sources import ExperimentSearchPath, ExperimentSource, config_dir
@@ -55,10 +55,11 @@ def prepare() -> None:
     store.store(group="hydra/sweeper", name="arms", node=sweeper.ArmsConfig, provider="gptlab")
     store.store(group="hydra/sweeper", name="optuna", node=search.OptunaConfig, provider="gptlab")
     store.store(group="hydra/sweeper", name="halving", node=halving.HalvingConfig, provider="gptlab")
+    store.store(group="hydra/sweeper", name="stages", node=stages.StagesConfig, provider="gptlab")
     for plugin in (ExperimentSource, ExperimentSearchPath):
         Plugins.instance().register(plugin)
     sweepers = {sweeper.TARGET: sweeper.ArmSweeper, search.TARGET: search.OptunaSweeper, halving.TARGET: halving.HalvingSweeper}
-    sweeper.install(sweepers)
+    sweeper.install({**sweepers, stages.TARGET: stages.StageSweeper})
     store_cluster(store)
     # An error of ours is one sentence; Hydra's own printing would come before it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -70,6 +71,7 @@ def compose(overrides: Sequence[str] = (), *, name: str | None = None) -> Config
     `name` replaces the name made from the overrides. Raises ConfigError with the key, the value and what would work.
     """
     prepare()
+    overrides = references_as_text(overrides)
     check_overrides(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -144,7 +146,7 @@ def settings(overrides: Iterable[str]) -> dict[str, str]:
         group, _, place = key.partition("@")
         key = group if not place.startswith(_NAMELESS) else place
         if not any(key == n or key.startswith((n + ".", n + "/")) for n in _NAMELESS):
-            found[key] = value
+            found[key] = value.strip("'") if key in ("trainer.init_from", "trainer.start") else value
     return found
 
 

@@ -35,6 +35,11 @@ def check_overrides(overrides: Iterable[str]) -> None:
             raise ConfigError(f"{group}={value}: {group} takes the name of an option{f': {_listed(options)}' if options else ''}")
 
 
+def references_as_text(overrides: Iterable[str]) -> list[str]:
+    """The overrides, with runs that look like numbers (13e0957672 is infinity to YAML) as the texts that they are."""
+    return [re.sub(r"^(\+*trainer\.(?:init_from|start))=(\d+(?:e\d+)?)$", r"\1='\2'", override) for override in overrides]
+
+
 def environment_refused(key: str) -> str:
     """The sentence for a value that interpolates the environment."""
     return f"{key}: ${{oc.env:…}} would write the environment into the run; give the value itself"

@@ -32,11 +32,12 @@ BUILTIN = (
     *(f"gptlab.model.{m}" for m in ("norm", "position", "attention", "kernel", "ffn", "experts", "block")),
     *(f"gptlab.model.{m}" for m in ("input", "stream", "value", "gate", "head", "init", "parametrisation")),
     *(f"gptlab.data.{m}" for m in ("corpus", "hub", "synthetic", "mix", "tokenizer", "bpe", "huggingface", "tokenizer_file")),
+    *(f"gptlab.data.{m}" for m in ("chat_tokens", "chat_corpus", "drills")),
     "gptlab.hardware.checkpointing",
     "gptlab.hardware.strategy",
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),
     *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant", "inverse_sqrt", "cooldown")),
-    "gptlab.objective.lm",
+    *(f"gptlab.objective.{m}" for m in ("lm", "sft", "dpo")),
     *(f"gptlab.tracker.{m}" for m in ("none", "wandb", "tensorboard")),
     "gptlab.runner.callbacks",
     "gptlab.runner.histograms",
@@ -47,6 +48,7 @@ BUILTIN = (
     "gptlab.runner.reference",
     "gptlab.runner.inherit",
     "gptlab.interpret.insight",
+    "gptlab.evaluate.callback",
 )
 
 

@@ -83,7 +83,8 @@ class DataConfig:
     validation: dict[str, str] = field(default_factory=dict)  # further validation sets: name -> text file
     validation_tokens: int = 0  # tokens measured of each set, in windows spread evenly; 0: all of it
     filter: FilterConfig = field(default_factory=FilterConfig)
-    packing: str = "concatenate"  # documents to rows: concatenate (GPT-2's), best_fit (each row begins with a document)
+    packing: str = "concatenate"  # documents to rows: concatenate (GPT-2's), best_fit (each row begins with a document); chats stay whole
+    too_long: str = "cut"  # a chat that no row holds: cut (behind the last turn that fits), drop, refuse
 
 
 @dataclass(slots=True, kw_only=True)

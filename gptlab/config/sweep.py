@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gptlab.config import cluster, halving, search
+from gptlab.config import cluster, halving, search, stages
 from gptlab.config.compose import prepare, without_environment
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, explain
@@ -34,14 +34,15 @@ class Point:
 @dataclass(frozen=True)
 class Sweep:
     """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms; `search`: the sweeper
-    that chooses as it goes; `size`: how many runs there will be (0: not known); `elsewhere`: on other machines, which share the runs'
-    folder and not this one's temporary files."""
+    that chooses as it goes; `stages`: of runs that begin with one another's weights; `size`: how many runs there will be (0: not known);
+    `elsewhere`: on other machines, which share the runs' folder and not this one's temporary files."""
 
     swept: bool
     points: list[Point] | None
     study: Study | None = None
     name: str = ""  # of the study's folder
     search: str = ""
+    stages: bool = False
     size: int = 0
     elsewhere: bool = False
 
@@ -96,6 +97,9 @@ def _asked(loader: ConfigLoader, composed: DictConfig, overrides: Sequence[str],
         ladder = halving.ladder_of(options, overrides, str(composed.trainer.budget), parser)
         size = sum(ladder.sizes(options.keep)) * max(1, len(ladder.seeds))
         return Sweep(True, None, name=str(composed.study), search="halving", size=size)
+    if kind == stages.TARGET:
+        jobs_of = stages.jobs_of(hydra.sweeper, [o for o in overrides if not o.startswith("-")], parser)
+        return Sweep(True, None, name=str(composed.study), stages=True, size=len(jobs_of))
     if not kind.endswith("BasicSweeper"):
         return Sweep(True, None)
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from gptlab.config.errors import ConfigError
 from gptlab.data.tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")  # tool: what a tool gave back
 ANSWERS = "assistant"
+# What data sets call the sides of a chat. A call of a tool is the assistant's message.
+NAMES_OF_SIDES = {
+    **{role: role for role in ROLES},
+    "human": "user", "prompter": "user", "gpt": ANSWERS, "model": ANSWERS, "chatbot": ANSWERS, "function_call": ANSWERS,
+    "observation": "tool", "function_response": "tool", "function": "tool", "ipython": "tool", "developer": "system",
+}  # fmt: skip
+PLAIN = {"system": "", "user": "User: ", "tool": "Tool: ", ANSWERS: "Assistant: "}
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,15 @@ class Rendered:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands around a message, as token ids by role; `ends`: what ends an answer. `closing` goes between two messages."""
+    """What stands around a message, as token ids by role; `ends`: what ends an answer. `closing` goes behind the end of a message.
+
+    Where a format has no tokens for what a tool gives back, that stands as a message of the user's.
+    """
 
     name: str
     begin: tuple[int, ...]  # before the first message
     opening: Mapping[str, tuple[int, ...]]
-    end: Mapping[str, int]
+    end: Mapping[str, tuple[int, ...]]
     closing: tuple[int, ...]
     ends: frozenset[int]
     trims: bool = False  # white space around a message is no part of it
@@ -49,13 +59,14 @@ def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     """The format that a tokeniser's special tokens are made for; None where they are for none, as those of a base model.
 
-    Known are gptlab's own (`<|user_start|>`), ChatML (`<|im_start|>user`), and that of Llama 3 (`<|start_header_id|>user`).
+    Known are gptlab's own (`<|user_start|>`), ChatML (`<|im_start|>user`), that of Llama 3 (`<|start_header_id|>user`), and plain words
+    (`User: `), where data/tokenizer=chat says so.
     """
+    template = getattr(tokenizer, "template", None)
     special: Mapping[str, int] = getattr(tokenizer, "special", {})
     end_of_text = end_tokens(tokenizer)
     first: int | None = getattr(tokenizer, "begin_of_text", None)  # what an imported model may expect before every text
     begin = () if first is None else (first,)
-    opening: dict[str, tuple[int, ...]]
 
     def named(*names: str) -> frozenset[int]:
         return frozenset({special[name] for name in names if name in special} | end_of_text)
@@ -63,21 +74,38 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     def plain(text: str) -> tuple[int, ...]:
         return tuple(int(token) for token in tokenizer.encode(text))
 
-    if all(f"<|{role}_{side}|>" in special for role in ROLES for side in ("start", "end")):
-        opening = {role: (special[f"<|{role}_start|>"],) for role in ROLES}
-        end = {role: special[f"<|{role}_end|>"] for role in ROLES}
+    def own() -> ChatFormat:
+        talkers = [role for role in ROLES if f"<|{role}_start|>" in special]
+        opening = {role: (special[f"<|{role}_start|>"],) for role in talkers}
+        end = {role: (special[f"<|{role}_end|>"],) for role in talkers}
+        if "tool" not in talkers:
+            opening["tool"], end["tool"] = opening["user"], end["user"]
         return ChatFormat("gptlab", begin, opening, end, (), named("<|assistant_end|>"))
-    if {"<|im_start|>", "<|im_end|>"} <= special.keys():
+
+    def chatml() -> ChatFormat:
         opening = {role: (special["<|im_start|>"], *plain(f"{role}\n")) for role in ROLES}
-        end = dict.fromkeys(ROLES, special["<|im_end|>"])
-        return ChatFormat("chatml", begin, opening, end, plain("\n"), named("<|im_end|>"))
-    if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= special.keys():
+        return ChatFormat("chatml", begin, opening, dict.fromkeys(ROLES, (special["<|im_end|>"],)), plain("\n"), named("<|im_end|>"))
+
+    def llama3() -> ChatFormat:
         head, tail, two = special["<|start_header_id|>"], special["<|end_header_id|>"], plain("\n\n")
-        opening = {role: (head, *plain(role), tail, *two) for role in ROLES}
-        begin = begin or ((special["<|begin_of_text|>"],) if "<|begin_of_text|>" in special else ())
-        end = dict.fromkeys(ROLES, special["<|eot_id|>"])
-        return ChatFormat("llama3", begin, opening, end, (), named("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"), trims=True)
-    return None
+        opening = {role: (head, *plain("ipython" if role == "tool" else role), tail, *two) for role in ROLES}
+        first = begin or ((special["<|begin_of_text|>"],) if "<|begin_of_text|>" in special else ())
+        ends = named("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+        return ChatFormat("llama3", first, opening, dict.fromkeys(ROLES, (special["<|eot_id|>"],)), (), ends, trims=True)
+
+    def words() -> ChatFormat:
+        opening = {role: plain(word) for role, word in PLAIN.items()}
+        end = {role: tuple(end_of_text) if role == ANSWERS else plain("\n") for role in ROLES}
+        return ChatFormat("plain", begin, opening, end, (), end_of_text)
+
+    known = {
+        "gptlab": (own, all(f"<|{role}_{side}|>" in special for role in ROLES[:3] for side in ("start", "end"))),
+        "chatml": (chatml, {"<|im_start|>", "<|im_end|>"} <= special.keys()),
+        "llama3": (llama3, {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= special.keys()),
+        "plain": (words, template == "plain"),
+    }
+    wanted = [template] if template in known else list(known)
+    return next((make() for make, there in (known[name] for name in wanted) if there), None)
 
 
 def check(messages: Sequence[Message]) -> None:
@@ -91,14 +119,14 @@ def check(messages: Sequence[Message]) -> None:
             raise ConfigError(f"messages[{i}].content is empty; give at least one character")
 
 
-def render(messages: Sequence[Message], tokenizer: Tokenizer, *, answer: bool = True) -> Rendered:
+def render(messages: Sequence[Message], tokenizer: Tokenizer, *, answer: bool = True, format: ChatFormat | None = None) -> Rendered:
     """The tokens of a chat. With `answer` they end where the assistant is to write: after its opening, or, where the last message is
     its own, within that message, which it then goes on with. Without, as for training, every message is closed.
 
-    The messages' text is encoded as plain text: a user who writes `<|assistant_start|>` has written just those letters.
-    Raises ConfigError where the tokeniser has no chat format, or for messages that `check` refuses.
+    The messages' text is encoded as plain text: a user who writes `<|assistant_start|>` has written just those letters. `format`: the
+    tokeniser's, where it is at hand. Raises ConfigError where the tokeniser has no chat format, or for messages that `check` refuses.
     """
-    found = chat_format(tokenizer)
+    found = format or chat_format(tokenizer)
     if found is None:
         raise ConfigError(f"the tokeniser {tokenizer.name} has no chat tokens: a base model, which continues a text and knows no messages")
     check(messages)
@@ -117,7 +145,7 @@ def render(messages: Sequence[Message], tokenizer: Tokenizer, *, answer: bool = 
         add(found.opening[message.role], False)
         add([int(token) for token in tokenizer.encode(content)], own)
         if not goes_on:
-            add([found.end[message.role]], own)
+            add(found.end[message.role], own)
             add(found.closing, False)
     if answer and messages[-1].role != ANSWERS:
         add(found.opening[ANSWERS], False)

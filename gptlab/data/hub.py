@@ -116,6 +116,22 @@ class Hub:
         """The same over `validation_split`; nothing when there is none."""
         return self._pieces(self.validation_split, cursor) if self.validation_split else iter(())
 
+    def records(self, *, validation: bool = False) -> Iterator[dict[str, Any]]:
+        """Every row with all columns, of the split or of `validation_split`. Raises as `pieces_from`; it does not go on after a break."""
+        split = self.validation_split if validation else self.split
+        try:
+            self._reader(split)  # refuses a split that is not there
+            for row in self._builder.as_streaming_dataset(split=split):
+                self._begun = True
+                yield dict(row)
+        except GptlabError:
+            raise
+        except Exception as error:
+            told = self._told(error)
+            if told is None:
+                raise
+            raise told from error
+
     def _pieces(self, split: str, cursor: Cursor) -> Iterator[tuple[Piece, Cursor]]:
         closed = threading.Event()
         with closing(ahead(self._rows(split, cursor, closed), closed)) as batches:

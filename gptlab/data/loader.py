@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,9 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptlab.config.errors import DataError
+from gptlab.data.conversations import Conversations
 from gptlab.data.prepared import GrowingStream, Prepared
+from gptlab.data.rows import Fetched, Rows
 from gptlab.data.shard import TokenStream
-from gptlab.data.sources import Fetched, Generated, Mixed, Packed, Rows
+from gptlab.data.sources import Generated, Mixed, Packed
 
 BLOCK_STEPS, BLOCK_TOKENS = 64, 1 << 20  # steps, and at most how many tokens, that are fetched at once: small batches cost overhead
 TASK_ROWS = 512  # held-out rows of a generated task, unless data.validation_tokens says how many tokens
@@ -22,12 +24,16 @@ HELD_OUT = 1  # the part of a task's rows that is not trained on
 
 @dataclass
 class Batch:
-    """b rows of t tokens: the token to see, the one to predict, how much it counts (None: all 1), its document (None: not told)."""
+    """b rows of t tokens: the token to see, the one to predict, how much it counts (None: all 1), its document (None: not told).
+
+    `extra`: what an objective wants to know of the rows besides, by name: (b, …).
+    """
 
     inputs: Int[Tensor, "b t"]
     targets: Int[Tensor, "b t"]
     weight: Float[Tensor, "b t"] | None = None
     document: Int[Tensor, "b t"] | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def token_weight(self) -> float:
@@ -47,25 +53,30 @@ class Batch:
         for start in range(0, len(self.inputs), rows):
             here = slice(start, start + rows)
             weight, document = (t[here] if t is not None else None for t in (self.weight, self.document))
-            found.append(Batch(self.inputs[here], self.targets[here], weight, document))
+            extra = {name: t[here] for name, t in self.extra.items()}
+            found.append(Batch(self.inputs[here], self.targets[here], weight, document, extra))
         return found
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         if device.type == "cpu":
             return self
-        moved = [
-            t.pin_memory().to(device, non_blocking=True) if t is not None and device.type == "cuda" else t if t is None else t.to(device)
-            for t in (self.inputs, self.targets, self.weight, self.document)
-        ]
-        return Batch(*moved)  # type: ignore[arg-type]
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        weight, document = (t if t is None else moved(t) for t in (self.weight, self.document))
+        extra = {name: moved(t) for name, t in self.extra.items()}
+        return Batch(moved(self.inputs), moved(self.targets), weight, document, extra)
 
 
-def _batch(rows: Fetched) -> Batch:
+def batch_of(rows: Fetched) -> Batch:
+    """Rows as a batch."""
     tokens = torch.from_numpy(rows.tokens)
     weight = None if rows.scored is None else torch.from_numpy(rows.scored.astype(np.float32))
     document = None if rows.document is None else torch.from_numpy(rows.document)
-    return Batch(tokens[:, :-1], tokens[:, 1:], weight, document)
+    extra = {name: torch.from_numpy(values) for name, values in rows.extra.items()}
+    return Batch(tokens[:, :-1], tokens[:, 1:], weight, document, extra)
 
 
 class Loader:
@@ -109,6 +120,14 @@ class Loader:
         return sum(d for d, _ in counts) / max(1, sum(t for _, t in counts)) if counts else None
 
     @property
+    def described(self) -> str:
+        """How chats became rows, in words; of text nothing."""
+        if isinstance(self.source, Mixed):
+            named = zip(self.source.names, self.source.parts, strict=True)
+            return "; ".join(f"{name}: {part.described()}" for name, part in named if isinstance(part, Conversations))
+        return self.source.described() if isinstance(self.source, Conversations) else ""
+
+    @property
     def epoch_tokens(self) -> int:
         """Tokens of one pass over the text."""
         return self.source.epoch_rows * self.source.context
@@ -128,7 +147,7 @@ class Loader:
 
     def _fetch(self, number: int, count: int, own: range) -> list[Batch]:
         index = np.arange(number, number + count, dtype=np.int64)[:, None] * self.rows + np.asarray(own, dtype=np.int64)
-        return _batch(self.source.fetch(self.source.place(index.ravel()), self.documents)).split(len(own))
+        return batch_of(self.source.fetch(self.source.place(index.ravel()), self.documents)).split(len(own))
 
     def drawn(self, steps: int) -> dict[str, tuple[float, float]]:
         """Of a mix: each source's share of the first steps' tokens, and how often its text was passed through."""
@@ -144,7 +163,7 @@ def evaluation_batches(stream: TokenStream, context: int, limit: int, rows: int,
 
     def fetched(starts: np.typing.NDArray[np.int64], length: int) -> Batch:
         document = stream.documents(starts, length) if documents else None
-        return _batch(Fetched(stream.windows(starts, length + 1), document))
+        return batch_of(Fetched(stream.windows(starts, length + 1), document))
 
     for i in range(0, full, rows):
         yield fetched(starts[i : min(i + rows, full)], context)
@@ -168,17 +187,40 @@ def held_out_documents(data: Prepared, name: str, context: int, limit: int) -> n
     """(rows,): of each row of `held_out_batches`, the number of the document that it begins in; of a task its own."""
     if data.task is not None:
         return np.arange(-(-limit // context) if limit else TASK_ROWS)
+    if data.chat:
+        return np.arange(held_out_rows(held_out_chats(data, name, context), limit))
     stream = data.stream(name)
     starts, _, _ = _evaluation_windows(stream, context, limit)
     return np.searchsorted(stream.document_starts(), starts, side="right")
 
 
 def held_out_batches(data: Prepared, name: str, context: int, limit: int, rows: int, *, documents: bool = False) -> Iterator[Batch]:
-    """The batches of a held-out set: of a text as in `evaluation_batches`, of a task rows that training never sees."""
+    """The batches of a held-out set: of a text as in `evaluation_batches`, of chats every one once, of a task rows never trained on."""
+    if data.chat:
+        chats = held_out_chats(data, name, context)
+        count = held_out_rows(chats, limit)
+        for first in range(0, count, rows):
+            place = np.arange(first, min(first + rows, count), dtype=np.int64)
+            yield batch_of(chats.chosen(place) if chats.pairs else chats.fetch(place, documents))
+        return
     if data.task is None:
         yield from evaluation_batches(data.stream(name), context, limit, rows, documents=documents)
         return
     source = Generated(data.task, context, 0, HELD_OUT)
     count = -(-limit // context) if limit else TASK_ROWS
     for first in range(0, count, rows):
-        yield _batch(source.fetch(np.arange(first, min(first + rows, count), dtype=np.int64), documents))
+        yield batch_of(source.fetch(np.arange(first, min(first + rows, count), dtype=np.int64), documents))
+
+
+def held_out_chats(data: Prepared, name: str, context: int) -> Conversations:
+    """The rows of a held-out set of chats, packed once: a chat too long for a row is cut at a turn's end."""
+    part = data.parts.get(name, data)
+    if context not in part.packed:
+        part.packed[context] = Conversations(part, "val", context, 0, "cut")
+    found: Conversations = part.packed[context]
+    return found
+
+
+def held_out_rows(chats: Conversations, limit: int) -> int:
+    """How many rows of held-out chats are measured: of at most `limit` tokens, 0: all."""
+    return min(chats.epoch_rows, -(-limit // chats.context)) if limit else chats.epoch_rows

@@ -16,6 +16,8 @@ import numpy as np
 from gptlab.config.errors import ConfigError, IOFailure
 from gptlab.config.registry import build
 from gptlab.config.schema import DataConfig
+from gptlab.data.chat_corpus import ChatCorpus
+from gptlab.data.chat_prepare import find_chat, prepare_chat, prepare_chats
 from gptlab.data.corpus import Corpus, home
 from gptlab.data.held_out import Files, check_pins, pin, validation_files
 from gptlab.data.learn import learned_tokenizer, tokenizer_file
@@ -48,6 +50,10 @@ def prepare(
     tell = report or (lambda progress: None)
     workers = threads or os.cpu_count() or 1
     try:
+        if isinstance(corpus, ChatCorpus):
+            return prepare_chat(config, corpus, tell)
+        if isinstance(corpus, Mix) and (chats := _chats(corpus)):
+            return prepare_chats(config, chats, corpus.weights, tell, only)
         extra = validation_files(config)
         check_pins(config, extra)
         sources: Mapping[str, Corpus] = corpus.sources if isinstance(corpus, Mix) else {"": corpus}
@@ -82,6 +88,11 @@ def find_prepared(config: DataConfig) -> Prepared | None:
     _check(config, corpus)
     if isinstance(corpus, Task):
         return _prepare_task(config, corpus)
+    if isinstance(corpus, ChatCorpus):
+        return find_chat(config, corpus)
+    if isinstance(corpus, Mix) and (chats := _chats(corpus)):
+        there = all(find_chat(config, chat) for chat in chats.values())
+        return prepare_chats(config, chats, corpus.weights, lambda _: None) if there else None
     sources: Mapping[str, Corpus] = corpus.sources if isinstance(corpus, Mix) else {"": corpus}
     if not all(getattr(source, "pinned", True) for source in sources.values()):
         return None
@@ -103,6 +114,15 @@ def find_prepared(config: DataConfig) -> Prepared | None:
     found = open_prepared(work.folder)
     opened = {name: open_prepared(part.folder, limit=part.limit) for name, part in parts.items()}
     return Prepared(found.folder, found.manifest, found.tokenizer, parts=opened, weights=corpus.weights)
+
+
+def _chats(mix: Mix) -> dict[str, ChatCorpus]:
+    """The sources of a mix of chats; none of a mix of texts. Raises ConfigError for both in one."""
+    found = {name: source for name, source in mix.sources.items() if isinstance(source, ChatCorpus)}
+    if found and len(found) < len(mix.sources):
+        texts = ", ".join(name for name in mix.sources if name not in found)
+        raise ConfigError(f"data.corpus.sources: {', '.join(found)} hold chats and {texts} texts; a mix is of the one or of the other")
+    return found
 
 
 def _begun(work: Work) -> bool:

@@ -41,6 +41,7 @@ class Prepared:
     weights: dict[str, float] = field(default_factory=dict)
     task: Task | None = None
     ensure: Callable[[], None] = lambda: None  # starts what makes a stream grow; raises what stopped it
+    packed: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)  # held-out chats as rows, by context
     _streams: dict[str, TokenStream] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -68,6 +69,23 @@ class Prepared:
         return found
 
     @property
+    def chat(self) -> bool:
+        """Whether it holds chats: documents of which the assistant wrote a part."""
+        return "chat" in self.manifest
+
+    @property
+    def pairs(self) -> bool:
+        """Whether its chats come in pairs, a better answer and a worse one."""
+        return bool(self.manifest.get("pairs"))
+
+    def written(self, split: str) -> TokenStream:
+        """Of each token of a split of chats 1 where the assistant wrote it, else 0."""
+        name = f"{split}.written"
+        if name not in self._streams:
+            self._streams[name] = TokenStream([(self.folder, self.manifest["written"][split])], np.dtype("<u1"))
+        return self._streams[name]
+
+    @property
     def streams_on(self) -> bool:
         """Whether the training text is a stream, read in stripes."""
         return not self.parts and self.task is None and "train" not in self.manifest["splits"]
@@ -88,6 +106,8 @@ class Prepared:
         if self.task is not None:
             return {"val": self.task.fingerprint()}
         found: dict[str, Any] = {n: [s["sha256"] for s in v["shards"]] for n, v in self.manifest["splits"].items() if n != "train"}
+        if self.chat and not self.parts:
+            found["val"] = [*found["val"], *(s["sha256"] for s in self.manifest["written"]["val"]["shards"])]
         for name, part in self.parts.items():
             found[name] = part.held_out["val"]
         if self.parts:

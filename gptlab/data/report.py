@@ -10,8 +10,9 @@ import numpy as np
 
 from gptlab.data.overlap import overlaps
 from gptlab.data.prepared import Prepared
+from gptlab.data.rows import Rows
 from gptlab.data.shard import Tokens, TokenStream
-from gptlab.data.sources import Mixed, Packed, Rows, training_rows
+from gptlab.data.sources import Mixed, Packed, training_rows
 
 LOOKED_AT = 50_000_000  # training tokens of a source that are searched for duplicates and overlap
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -125,9 +126,9 @@ def documents(prepared: Prepared, count: int, seed: int) -> Iterator[tuple[str, 
             yield name, number, prepared.tokenizer.decode(tokens)
 
 
-def rows(prepared: Prepared, context: int, packing: str, seed: int, count: int, first: int = 0) -> list[Row]:
+def rows(prepared: Prepared, context: int, packing: str, seed: int, count: int, first: int = 0, too_long: str = "cut") -> list[Row]:
     """`count` rows that training sees, from row `first` (from 0) on, decoded, each cut where a document begins."""
-    source = training_rows(prepared, context, packing, seed)
+    source = training_rows(prepared, context, packing, seed, too_long)
     place = source.place(np.arange(first, first + count, dtype=np.int64))
     fetched = source.fetch(place, True)
     assert fetched.document is not None

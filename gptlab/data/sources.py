@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from gptlab.config.errors import DataError
+from gptlab.data.conversations import Conversations
 from gptlab.data.order import drawn, drawn_so_far, key, permute, quotas
 from gptlab.data.packing import Packing, best_fit
 from gptlab.data.prepared import FIRST_STRIPE, LARGEST_STRIPE, GrowingStream, Prepared, stripes
+from gptlab.data.rows import Fetched, Rows
 from gptlab.data.shard import Tokens, TokenStream
 from gptlab.data.synthetic import Task
 
 GENERATED_AT_ONCE = 256  # rows of a task
 GENERATED_EPOCH = 1 << 40  # rows: a task never repeats itself
-
-
-@dataclass
-class Fetched:
-    """n rows of context + 1 tokens; the number of each input's document in its row; which targets count (None: all)."""
-
-    tokens: Tokens
-    document: Tokens | None = None
-    scored: npt.NDArray[np.bool_] | None = None
-
-
-class Rows(Protocol):
-    """An endless sequence of training rows, each a pure function of its number."""
-
-    context: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the text, as far as it is there."""
-
-    @property
-    def epoch_rows(self) -> int:
-        """Rows of one pass."""
-
-    @property
-    def known_length(self) -> bool:
-        """Whether `epoch_rows` can be told now."""
-
-    @property
-    def settled(self) -> bool:
-        """Whether the order of rows to come can be told without waiting for text."""
-
-    def place(self, index: Tokens) -> Tokens:
-        """Where the rows with these numbers lie: what `fetch` wants. Costs as much for one as for many."""
-
-    def fetch(self, place: Tokens, documents: bool) -> Fetched:
-        """The rows at these places."""
 
 
 class Windows:
@@ -289,10 +251,12 @@ class Mixed:
             part = self.parts[number].fetch(place[here, 1], documents)
             if found is None:
                 tokens = np.empty((len(place), part.tokens.shape[1]), np.int64)
-                found = Fetched(tokens, np.empty_like(tokens[:, :-1]) if documents else None)
+                scored = None if part.scored is None else np.empty((len(place), self.context), bool)
+                found = Fetched(tokens, None if part.document is None else np.empty_like(tokens[:, :-1]), scored)
             found.tokens[here] = part.tokens
-            if found.document is not None and part.document is not None:
-                found.document[here] = part.document
+            for of_all, own in ((found.document, part.document), (found.scored, part.scored)):
+                if of_all is not None and own is not None:
+                    of_all[here] = own
         assert found is not None
         return found
 
@@ -305,13 +269,15 @@ class Mixed:
         return found
 
 
-def training_rows(prepared: Prepared, context: int, packing: str, seed: int) -> Rows:
-    """The training rows of prepared data. Raises DataError when there is too little text."""
+def training_rows(prepared: Prepared, context: int, packing: str, seed: int, too_long: str = "cut") -> Rows:
+    """The training rows of prepared data; `too_long`: of chats. Raises DataError when there is too little text."""
     if prepared.task is not None:
         return Generated(prepared.task, context, seed)
     if prepared.parts:
         used = {n: p for n, p in prepared.parts.items() if prepared.weights[n] > 0}
-        parts = {n: training_rows(p, context, packing, seed) for n, p in used.items()}
+        parts = {n: training_rows(p, context, packing, seed, too_long) for n, p in used.items()}
         return Mixed(parts, prepared.weights, seed)
+    if prepared.chat:
+        return Conversations(prepared, "train", context, seed, too_long)
     stream = prepared.stream("train")
     return Packed(stream, context, seed) if packing == "best_fit" else Windows(stream, context, seed)

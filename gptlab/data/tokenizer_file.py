@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.config.errors import ConfigError, DataError
-from gptlab.config.registry import component_of, register
+from gptlab.config.registry import build, component_of, register
 from gptlab.config.schema import DataConfig
 from gptlab.data.huggingface import HuggingFaceTokenizer
 from gptlab.data.tokenizer import Tokenizer, from_json, to_json
@@ -20,8 +20,11 @@ def file(*, path: str) -> Tokenizer:
 
 
 def given(config: DataConfig) -> dict[str, Any] | None:
-    """The fitted tokeniser that a config names by its file, as JSON data; None where it names none."""
-    return written_in(str(config.tokenizer.path)) if component_of(config.tokenizer).name == "file" else None  # type: ignore[attr-defined]
+    """The fitted tokeniser that a config names by its file, or builds on another, as JSON data; None where it names none."""
+    name = component_of(config.tokenizer).name
+    if name == "chat":
+        return to_json(build(config.tokenizer))
+    return written_in(str(config.tokenizer.path)) if name == "file" else None  # type: ignore[attr-defined]
 
 
 def written_in(path: str) -> dict[str, Any]:

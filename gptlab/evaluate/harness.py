@@ -6,7 +6,6 @@ import difflib
 import importlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gptlab.config.errors import ConfigError, DataError, IOFailure
 from gptlab.data.tokenizer import Tokenizer
+from gptlab.evaluate.results import Score
 from gptlab.generate.sampling import Sampling
 from gptlab.generate.text import complete, prompt_ids
 from gptlab.model.transformer import Transformer
@@ -29,18 +29,6 @@ else:
 
 ANSWER_TOKENS = 256  # of a generated answer, where the task does not say
 TOGETHER = 16  # answers that are generated side by side
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure of one task: its metric, value and standard error (None where the task tells none), and of how many examples."""
-
-    task: str
-    metric: str
-    value: float
-    error: float | None
-    examples: int
-    shots: int
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]

@@ -108,7 +108,7 @@ def _collected(
     device, columns = model.embedding.weight.device, []
     for batch in batches:
         with autocast(device, precision):
-            nats, sure, likeliest = _judged(model, batch.to(device))
+            nats, sure, likeliest = judged(model, batch.to(device))
         scored = np.ones(batch.targets.shape, bool) if batch.weight is None else batch.weight.numpy() > 0
         token, place = batch.targets.numpy(), np.broadcast_to(np.arange(1, batch.targets.shape[1] + 1), batch.targets.shape)
         columns.append([a[scored] for a in (nats, token, place, sure, likeliest == token)])
@@ -122,7 +122,7 @@ def _collected(
     return TokenLosses(nats, token, place, sure, right, documents.astype(np.int64), int(lengths[token].sum()))
 
 
-def _judged(model: Transformer, batch: Batch) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+def judged(model: Transformer, batch: Batch) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """(b, t) each: the loss of every target, the probability of the likeliest token, and which that was."""
     targets = batch.targets.reshape(-1)
 

@@ -101,8 +101,10 @@ def same_tokenizer(runs: Mapping[str, Loaded]) -> Tokenizer:
 def evaluating(model: Transformer) -> Iterator[None]:
     """Without dropout, whatever mode the model is in."""
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()

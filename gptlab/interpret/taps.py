@@ -94,7 +94,8 @@ def _modules(model: Transformer) -> list[str]:
 
 def _fused(module: Any) -> bool:
     """Whether it is an attention whose kernel shows no pattern."""
-    return getattr(getattr(module, "kernel", None), "materialises_pattern", None) is False
+    kernel = vars(module).get("kernel", module._modules.get("kernel"))
+    return getattr(kernel, "materialises_pattern", None) is False
 
 
 def _exact(model: Transformer, modules: Sequence[str], name: str) -> list[Place]:
@@ -177,7 +178,8 @@ def hooked(model: Transformer, read: Sequence[Place], into: dict[str, Tensor], e
         by_module.setdefault(place.module, ([], []))[0].append(place)
     for place in read:
         by_module.setdefault(place.module, ([], []))[1].append(place)
-    fused = tuple(path for path, module in model.named_modules() if _fused(module) and any(f"{path}{t}" in by_module for t in _OF_PATTERN))
+    modules = dict(model.named_modules())
+    fused = tuple(path for path, module in modules.items() if _fused(module) and any(f"{path}{t}" in by_module for t in _OF_PATTERN))
 
     def hook(changed: list[Place], wanted: list[Place]) -> Callable[..., Tensor | None]:
         def seen(module: nn.Module, inputs: Any, out: Any) -> Tensor | None:
@@ -195,9 +197,10 @@ def hooked(model: Transformer, read: Sequence[Place], into: dict[str, Tensor], e
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
         for path in fused:
-            stack.enter_context(_shown(model.get_submodule(path)))
+            stack.enter_context(_shown(modules[path]))
+            modules |= {f"{path}{tap}": model.get_submodule(f"{path}{tap}") for tap in _OF_PATTERN}
         for path, (changed, wanted) in by_module.items():
-            stack.callback(model.get_submodule(path).register_forward_hook(hook(changed, wanted)).remove)
+            stack.callback(modules[path].register_forward_hook(hook(changed, wanted)).remove)
         yield fused
 
 

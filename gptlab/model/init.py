@@ -106,7 +106,7 @@ def initialise(model: nn.Module, draw: Init, seed: int) -> None:
                 path = f"{prefix}.{name}" if prefix else name
                 for part, target in _parts(module, prefix, name, parameter):
                     spec = Spec(part, role_of[path], tuple(target.shape), isinstance(module, OutputLinear) and name == "weight")
-                    value = draw(spec, _generator(seed, part))
+                    value = draw(spec, drawn_from(seed, part))
                     assert value.shape == target.shape, f"{part}: drawn {tuple(value.shape)} for {tuple(target.shape)}"
                     target.copy_(value)
 
@@ -122,6 +122,7 @@ def _parts(module: nn.Module, prefix: str, name: str, parameter: Tensor) -> Iter
         start += rows
 
 
-def _generator(seed: int, path: str) -> torch.Generator:
+def drawn_from(seed: int, path: str) -> torch.Generator:
+    """The generator that a parameter is drawn from, by its canonical path."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -60,9 +60,11 @@ class Linear(nn.Linear):
     def __init__(self, width: int, outputs: int, *, bias: bool) -> None:
         super().__init__(width, outputs, bias=bias)
         self.product: Callable[..., Tensor] = linear
+        self.adapter: nn.Module | None = None  # what is added to the product: gptlab/model/lora.py
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
-        return self.product(x, self.weight, self.bias, narrow=self.narrow)
+        product = self.product(x, self.weight, self.bias, narrow=self.narrow)
+        return product if self.adapter is None else product + self.adapter(x)
 
 
 class HiddenLinear(Linear):

@@ -17,13 +17,15 @@ Groups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, roles: Mapping[str, str], widening: Mapping[str, float] | None = None) -> Groups:
-    """One group a role: {"role", "params", "names", "parts", "widening"}, in a fixed order.
+    """One group a role: {"role", "params", "names", "parts", "widening"}, in a fixed order; of the parameters that are trained.
 
     `parts`: the rows of each product that a matrix fuses. `widening` (of a parameter's path; 1): how many times more terms its
     product sums than at the width that the optimizer's rate is meant for; a role that has several has a group for each.
     """
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         role, wider = roles[path], (widening or {}).get(path, 1.0)
         group = groups.setdefault((role, wider), {"role": role, "params": [], "names": [], "parts": [], "widening": wider})
         fused: Mapping[str, int] = getattr(model.get_submodule(path.rpartition(".")[0]), "parts", {}) if parameter.dim() == 2 else {}

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.registry import component_of, register, suggest
+from gptlab.model.lora import merged
 from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
 from gptlab.runner.checkpoint import AVERAGE, CALLBACKS
@@ -155,17 +156,18 @@ def kept_in(chosen: Path) -> Kept | None:
 def load_weights(chosen: Path, which: str = "default") -> tuple[str, dict[str, Tensor], str | None]:
     """`trained` or `average`, these weights of a checkpoint (whole, on the CPU), and the metric of their loss if they are measured.
 
-    Raises ConfigError for an average that the checkpoint does not hold, CheckpointError for one that is damaged.
+    Adapters are added to the products they stand beside: these are the weights of a plain model. Raises ConfigError for an average that
+    the checkpoint does not hold, CheckpointError for one that is damaged.
     """
     kept = kept_in(chosen)
     if not wants_average(kept, which, str(chosen)):
-        return "trained", checkpoint.load_model(chosen), None if kept and kept.default else "val/loss"
+        return "trained", merged(checkpoint.load_model(chosen)), None if kept and kept.default else "val/loss"
     assert kept is not None
     weights, others = checkpoint.load_tensors(chosen)
     average = {name.removeprefix(kept.tensors): tensor for name, tensor in others.items() if name.startswith(kept.tensors)}
     if not average or not average.keys() <= weights.keys():
         raise CheckpointError(f"{chosen}: the average that its state names is not among its tensors")
-    return "average", weights | average, f"{kept.metric}/loss"
+    return "average", merged(weights | average), f"{kept.metric}/loss"
 
 
 def fill(targets: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path) -> None:

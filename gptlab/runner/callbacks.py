@@ -63,6 +63,8 @@ class Evaluation(Callback):
             with averages.using("average"):
                 average = measure(trainer.model, trainer.data, trainer.config, trainer.world)
             found |= {averages.beside + name.removeprefix("val"): value for name, value in average.items()}
+        with averages.using("default"):
+            found |= trainer.objective.measure(trainer)
         trainer.record(found)
 
 

@@ -197,7 +197,7 @@ def _epoch_tokens(config: Config, data: Prepared | None) -> int | None:
     """Tokens of one pass over the text; None where it has no end, or nobody knows it."""
     if data is None or data.task is not None:
         return None
-    source = training_rows(data, config.model.context_length, config.data.packing, int(config.seeds.data or 0))
+    source = training_rows(data, config.model.context_length, config.data.packing, int(config.seeds.data or 0), config.data.too_long)
     rows = int(config.trainer.batch_tokens) // config.model.context_length
     loader = Loader(source, rows)
     return None if loader.endless else loader.epoch_tokens

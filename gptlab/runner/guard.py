@@ -52,10 +52,10 @@ class Guard:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer: Trainer = weakref.proxy(trainer)  # which holds this: a circle would keep a failed job in memory
 
-    def judge(self, loss: float, norm: float, bad_ranks: list[int]) -> Metrics | None:
+    def judge(self, loss: float, norm: float, bad_ranks: list[int], scored: float) -> Metrics | None:
         """None: the batch is passed over, and the state is as before it (or as in the last checkpoint). Else what there is to tell.
 
-        `bad_ranks`: where the loss is not finite. Raises DivergedError where the run has to stop.
+        `bad_ranks`: where the loss is not finite; `scored`: the batch's token weight. Raises DivergedError where the run has to stop.
         """
         trainer, settings = self.trainer, self.trainer.config.trainer
         # A scaled fp16 gradient may overflow: the scaler then skips the update itself.
@@ -64,6 +64,9 @@ class Guard:
             return None
         if not math.isfinite(norm) and not trainer.scaler.is_enabled():
             self._not_finite(f"the gradient norm is {norm}", [])
+            return None
+        if not scored:
+            self._pass_over("none of its tokens is scored", [])
             return None
         losses = trainer.state.losses
         above = losses.deviations(loss)

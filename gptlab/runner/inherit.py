@@ -8,20 +8,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from gptlab.config.compose import inherits
 from gptlab.config.errors import ConfigError
-from gptlab.config.registry import component
+from gptlab.config.registry import component, component_of
 from gptlab.config.schema import Config, ModelConfig
+from gptlab.config.slots import Options
+from gptlab.data.chat import chat_format
+from gptlab.data.chat_corpus import ChatCorpus
+from gptlab.data.mix import Mix
+from gptlab.data.tokenizer import from_json
+from gptlab.data.tokenizer_file import written_in
+from gptlab.hardware.precision import in_precision
+from gptlab.model.lora import MARK
+from gptlab.model.transformer import Transformer, new_model
 from gptlab.runner import checkpoint, sharded
 from gptlab.runner.averages import load_weights
 from gptlab.runner.run import Run, find_run
-from gptlab.runner.trainer import Trainer
+
+if TYPE_CHECKING:
+    from gptlab.runner.trainer import Trainer
 
 PARENT = "parent.json"  # in the run's folder: whose weights it began with
+EMBEDDING = "embedding.weight"
 TABLE = "position.table.weight"  # of learned positions: a shorter context takes the first of them
 
 
@@ -29,23 +41,46 @@ TABLE = "position.table.weight"  # of learned positions: a shorter context takes
 def inherit(config: Config, overrides: Sequence[str]) -> Config:
     """A composed config with the model and the tokeniser of the run that trainer.init_from names, as IDENTITY@STEP.
 
-    What an override says of the model is kept; `model=RECIPE` keeps all of it. Raises ConfigError for no such run, or another tokeniser.
+    What an override says of the model is kept; `model=RECIPE` keeps all of it. For chats the tokeniser gets the tokens of a chat, unless
+    it has them. Raises ConfigError for no such run, or another tokeniser.
     """
     if not config.trainer.init_from:
         return config
     if config.trainer.start:
         raise ConfigError("trainer.init_from and trainer.start: a run begins anew with another's weights, or goes on with its training")
     keys = [o.lstrip("+~").partition("=")[0] for o in overrides]
-    if any(key.partition("@")[0] == "data/tokenizer" or key.startswith("data.tokenizer.") for key in keys):
-        raise ConfigError("trainer.init_from brings the tokeniser of its run, by which the weights are numbered: leave data/tokenizer out")
+    extends = component_of(config.data.tokenizer).name == "chat"
+    asked = any(key.partition("@")[0] == "data/tokenizer" or key.startswith("data.tokenizer.") for key in keys)
+    if asked and not (extends and not any(key == "data.tokenizer.base" for key in keys)):
+        raise ConfigError(
+            "trainer.init_from brings the tokeniser of its run, by which the weights are numbered: leave data/tokenizer out "
+            "(data/tokenizer=chat alone adds the tokens of a chat to it)"
+        )
     parent, found = _parent(config.trainer.init_from)
     model = config.model if "model" in keys else _model(config.model, parent.config().model, keys)
-    options: Any = component("data/tokenizer", "file").options
-    tokenizer = options(path=str((parent.directory / "tokenizer.json").resolve()))
+    file = (parent.directory / "tokenizer.json").resolve()
+    chats = _holds_chats(config.data.corpus)
+    template = str(config.data.tokenizer.template) if extends else "gptlab"  # type: ignore[attr-defined]
+    known = chat_format(from_json(written_in(str(file)), str(file)))
+    if (asked and (known is None or known.name != template)) or (chats and known is None):
+        tokenizer = _options("chat")(base=str(file), template=template)
+    else:
+        tokenizer = _options("file")(path=str(file))
     data = replace(config.data, tokenizer=tokenizer)
     return replace(
         config, model=model, data=data, trainer=replace(config.trainer, init_from=f"{parent.identity}@{checkpoint.step_of(found)}")
     )
+
+
+def _options(tokenizer: str) -> Any:
+    return component("data/tokenizer", tokenizer).options
+
+
+def _holds_chats(corpus: Options) -> bool:
+    factory = component_of(corpus).factory
+    if issubclass(factory, Mix):  # type: ignore[arg-type]
+        return any(_holds_chats(source) for source in corpus.sources.values())  # type: ignore[attr-defined]
+    return isinstance(factory, type) and issubclass(factory, ChatCorpus)
 
 
 def _model(composed: ModelConfig, theirs: ModelConfig, keys: Sequence[str]) -> ModelConfig:
@@ -69,32 +104,91 @@ def _parent(reference: str) -> tuple[Run, Path]:
     return parent, checkpoint.choose(parent.checkpoints, which if mark else "latest")
 
 
+def new_tokens(config: Config, vocabulary: int) -> int:
+    """How many of a run's tokens the weights that it begins with do not know."""
+    return max(0, vocabulary - known_tokens(_parent(config.trainer.init_from)[0])) if config.trainer.init_from else 0
+
+
+def known_tokens(parent: Run) -> int:
+    """The size of a run's vocabulary, before any padding."""
+    return int(written_in(str(parent.directory))["vocabulary"])
+
+
 def begin(trainer: Trainer) -> None:
     """Give a new run's model the weights it begins with, and write down whose they are. Every rank calls it.
 
     Raises ConfigError naming the first tensor of another shape.
     """
-    parent, found = _parent(trainer.config.trainer.init_from)
-    own = trainer.model.state_dict()
+    config = trainer.config
+    parent, found = _parent(config.trainer.init_from)
+    own = {name: tensor for name, tensor in trainer.model.state_dict().items() if MARK not in name}
+    where = f"trainer.init_from={config.trainer.init_from}"
     if trainer.strategy.sharded:
+        if new_tokens(config, trainer.data.vocabulary) or len(own) < len(trainer.model.state_dict()):
+            raise ConfigError(f"{where}: new tokens and adapters are made from whole weights; use hardware/strategy=single or ddp")
         sharded.load_into(found, own, trainer.world.writers())
         checkpoint.fill(trainer.model, own, found)
     else:
         _, weights, _ = load_weights(found)
-        checkpoint.fill(trainer.model, fitted(weights, own, f"trainer.init_from={trainer.config.trainer.init_from}"), found)
+        adapters = {name: tensor for name, tensor in trainer.model.state_dict().items() if MARK in name}
+        known = known_tokens(parent)
+        checkpoint.fill(trainer.model, fitted(weights, own, where, known, trainer.data.vocabulary) | adapters, found)
     if trainer.world.first:
         step = checkpoint.step_of(found)
         trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})
 
 
-def fitted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights as a model takes them whose context may be shorter. Raises ConfigError for the first that does not fit it."""
+def initial(trainer: Trainer) -> Transformer:
+    """A model with the weights that a run begins with, on its device, in evaluation mode, without gradients.
+
+    Raises ConfigError for a branch, whose beginning is another run's step, and for a sharded model.
+    """
+    config = trainer.config
+    if config.trainer.start:
+        raise ConfigError(
+            "trainer.start goes on with a training; an objective that looks back at its first weights wants trainer.init_from"
+        )
+    if trainer.strategy.sharded:
+        raise ConfigError("an objective that looks back at its first weights holds them whole: use hardware/strategy=single or ddp")
+    model = new_model(config.model, trainer.data.vocabulary, int(config.seeds.init or 0))
+    if config.trainer.init_from:
+        parent, found = _parent(config.trainer.init_from)
+        where = f"trainer.init_from={config.trainer.init_from}"
+        weights = fitted(load_weights(found)[1], model.state_dict(), where, known_tokens(parent), trainer.data.vocabulary)
+        checkpoint.fill(model, weights, found)
+    in_precision(model, config.hardware.precision)
+    return model.to(trainer.device).eval().requires_grad_(False)
+
+
+def fitted(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str, known: int = 0, vocabulary: int = 0) -> dict[str, Tensor]:
+    """The weights as a model takes them whose context may be shorter, and whose vocabulary larger than the `known` one.
+
+    A new token's row, of the embedding and of a head of its own, is the mean of the known ones (Hewitt, 2021): its logit is then near the
+    others' mean, and what the model says of the known tokens hardly moves. Raises ConfigError for the first tensor that does not fit.
+    """
     made = dict(weights)
     if TABLE in own and TABLE in made and own[TABLE].shape[0] < made[TABLE].shape[0]:
         made[TABLE] = made[TABLE][: own[TABLE].shape[0]]
+    if vocabulary > known > 0:
+        before, after = (side[EMBEDDING].shape[0] for side in (made, own))
+        for name, target in own.items():
+            if name in made and name != TABLE and made[name].shape[0] == before and target.shape[0] == after and _by_token(name):
+                made[name] = _with_new_rows(made[name], known, vocabulary, after)
     for name in [*own, *made]:
         theirs, ours = (tuple(side[name].shape) if name in side else None for side in (made, own))
         if theirs != ours:
             told = "is not there" if theirs is None else f"is {theirs} there" + (f" and {ours} here" if ours else ", and has no place here")
             raise ConfigError(f"{where}: {name} {told}; leave model.* and model/* as that run has them, or train from nothing")
     return made
+
+
+def _by_token(name: str) -> bool:
+    """Whether a tensor has a row for each token: the embedding, a head of its own, embeddings of values."""
+    return name == EMBEDDING or name.startswith("head.") or ".value." in name
+
+
+def _with_new_rows(rows: Tensor, known: int, vocabulary: int, after: int) -> Tensor:
+    found = rows.new_zeros((after, *rows.shape[1:]))
+    found[:known] = rows[:known]
+    found[known:vocabulary] = rows[:known].float().mean(0).to(rows.dtype)
+    return found

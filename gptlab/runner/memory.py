@@ -25,6 +25,7 @@ from gptlab.hardware.world import World, launched
 from gptlab.model.linear import undrawn
 from gptlab.model.path import as_elsewhere
 from gptlab.model.transformer import Transformer
+from gptlab.objective.protocol import hooked
 from gptlab.optimizer.groups import parameter_groups
 from gptlab.runner.held import Fused, Held
 from gptlab.runner.validation import EVALUATION_TOKENS, scored
@@ -104,6 +105,8 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
             model = Transformer(config.model, vocabulary)
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)
+        objective = hooked(build(config.objective))
+        objective.adapt(model, 0, 0)
         weights = held.now  # a constant of the run from here on, as is what stays when the first step is over
         held.widths = (vocabulary, model.embedding.weight.shape[0])
         optimizer: torch.optim.Optimizer = build(
@@ -112,7 +115,7 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
         parameters = [p for p in model.parameters() if p.requires_grad]
         count = sum(bool(getattr(component_of(options).factory, "makes_average", False)) for options in config.callbacks.values())
         averages = [[torch.empty_like(p) for p in parameters] for _ in range(count)]
-        objective, batch = build(config.objective), _batch(rows, context, device, model)
+        batch = objective.outlined(_batch(rows, context, device, model))
         grown = _gradients_of(held, parameters)
 
         def passes() -> None:
@@ -120,7 +123,7 @@ def _traced(config: Config, vocabulary: int, device: torch.device, kind: str, fi
             for _ in range(1 if rows >= rows_of(config) else 2):
                 with autocast(device, config.hardware.precision):
                     loss = objective(model, batch)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 del loss
 
         def cleared() -> None:

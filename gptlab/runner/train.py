@@ -38,12 +38,13 @@ from gptlab.runner.place import check_url
 from gptlab.runner.resume import resume
 from gptlab.runner.run import Run, join_study, locked, make_directory, now, run_of
 from gptlab.runner.state import own_randomness
+from gptlab.runner.tracked import run_info
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker.console import PreparationProgress, RunProgress, say
 from gptlab.tracker.guard import Guarded
 from gptlab.tracker.jsonl import MetricsFile
 from gptlab.tracker.none import NoTracker
-from gptlab.tracker.protocol import Metrics, RunInfo, Tracker
+from gptlab.tracker.protocol import Metrics, Tracker
 
 _LAST: list[weakref.ref[Trainer]] = []  # the trainer of this process's last run: its memory is free before the next begins
 MIRROR_SECONDS, STOPPED_MIRROR_SECONDS = 600.0, 60.0  # that the end of a run waits for its mirror
@@ -239,10 +240,7 @@ def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin
             trainer.train(None, NoTracker(), progress)
         return Outcome(run, "done")
     logged = max((int(m.get("step", 0)) for m in run.metrics()), default=-1) if trainer.state.step else -1
-    info = RunInfo(
-        f"{config.study}-{run.identity}", config.study, config.name or "base", run.directory, _flat(config, trainer), logged,
-        arm=_arm(config), tags=(config.study, f"seed {config.seed}"),
-    )  # fmt: skip
+    info = run_info(run, config, _flat(config, trainer), logged)
     code = 1
     with contextlib.ExitStack() as last:
         metrics = last.enter_context(contextlib.closing(MetricsFile(run.metrics_file, trainer.state.step)))
@@ -306,14 +304,10 @@ def _announce(trainer: Trainer, title: str) -> None:
     if (dropped := trainer.loader.dropped) is not None:
         line += f"; best_fit packing drops {dropped:.1%} of the text"
     say((line, "dim"))
+    if told := trainer.loader.described:
+        say((f"  {told}", "dim"))
     if trainer.config.model.dial:
         say((f"  {described(trainer.config, trainer.steps)}", "dim"))
-
-
-def _arm(config: Config) -> str:
-    """What the seeds of this config have in common, for a tracker: the arm's name, else the run's less its seed."""
-    parts = [part for part in config.name.split(",") if not part.startswith("seed=")]
-    return config.arm or ",".join(parts) or "base"
 
 
 def _flat(config: Config, trainer: Trainer) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from gptlab.hardware.device import set_up, synchronise
 from gptlab.hardware.precision import autocast, in_precision, scaler
 from gptlab.hardware.strategy import Strategy
 from gptlab.model.transformer import Transformer, count_parameters, flops_per_token, new_model
+from gptlab.objective.protocol import Objective, hooked
 from gptlab.optimizer.groups import parameter_groups
-from gptlab.runner import sharded
+from gptlab.runner import inherit, sharded
 from gptlab.runner.averages import Averages
 from gptlab.runner.callback import Callback
 from gptlab.runner.guard import Guard
@@ -44,7 +46,7 @@ WARMUP_STEPS = 10  # left out of tokens_per_second: first steps allocate, tune a
 class _Step(nn.Module):
     """What a strategy wraps: the loss of a micro-batch, whatever of the model an objective calls."""
 
-    def __init__(self, model: Transformer, objective: Callable[[Transformer, Batch], Tensor]) -> None:
+    def __init__(self, model: Transformer, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 
@@ -67,11 +69,14 @@ class Trainer:
         self.batch_tokens, self.micro_batch = int(config.trainer.batch_tokens), int(config.hardware.micro_batch)
         init_seed, data_seed, self._dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
         model = new_model(config.model, data.vocabulary, init_seed)
-        source = training_rows(data, context, config.data.packing, data_seed)
+        source = training_rows(data, context, config.data.packing, data_seed, config.data.too_long)
         rank, ranks = self.world.rank, self.world.size
         self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents, rank=rank, ranks=ranks)
         self.flops_per_token = flops_per_token(model)
         self.parameters = count_parameters(model)["total"]
+        self.objective = hooked(build(config.objective))
+        self.objective.check(data)
+        self.objective.adapt(model, init_seed, inherit.new_tokens(config, data.vocabulary))
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)
         self.model: Transformer = self.strategy.place(model, self.device)
@@ -90,7 +95,7 @@ class Trainer:
         self._before_update = [c.before_update for c in self.callbacks if type(c).before_update is not Callback.before_update]
         self._aside = 0.0  # seconds that these took in the last step
         self.profile = Profile(config.trainer.profile if self.world.first else "", run.directory / "profile", self.device, self.steps)
-        self._step = self.strategy.wrap(_Step(self.model, build(config.objective)))
+        self._step = self.strategy.wrap(_Step(self.model, self.objective))
         self.forward: Callable[[Batch], Tensor] = torch.compile(self._step) if config.hardware.compile else self._step
         self.state = State()
         self.latest: Metrics = {}  # the newest value of everything measured
@@ -116,6 +121,7 @@ class Trainer:
         started, wall, session_start = time.perf_counter(), self.state.wall, self.state.step
         self.model.train()
         with self.stop, self.profile.session():
+            self.objective.begin(self)
             self._each("on_start")
             if self.config.trainer.on_nonfinite == "rollback" and self.state.step == self.start:
                 self.save_checkpoint()  # something to go back to
@@ -149,6 +155,25 @@ class Trainer:
             self._each("on_end")
             self.writer.wait()
             self.state.wall = wall + time.perf_counter() - started
+
+    @property
+    def trained(self) -> Transformer:
+        """The model, as its objective knows it."""
+        return self.model
+
+    @property
+    def number(self) -> int:
+        """Steps that are done."""
+        return self.state.step
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.directory
+
+    def initial(self) -> Transformer:
+        """A model with the weights that the run began with: what an objective compares with. In evaluation mode, without gradients."""
+        return inherit.initial(self)
 
     @property
     def clock(self) -> float:
@@ -192,7 +217,7 @@ class Trainer:
                 self.writer.wait()
             raise failure
         assert batch is not None
-        return batch
+        return self.objective.experience(self, batch)
 
     def _leave(self, why: int) -> None:
         self.save_checkpoint()
@@ -220,7 +245,7 @@ class Trainer:
         clip = self.config.trainer.gradient_clip
         norm = sharded.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip > 0 else math.inf)).item()
         loss_value, bad_ranks = self._exchange(total.item())
-        told = self.guard.judge(loss_value, norm, bad_ranks)
+        told = self.guard.judge(loss_value, norm, bad_ranks, share)
         if told is None:
             self.scaler.update()  # it has looked at these gradients, and would refuse the next ones
             self.optimizer.zero_grad(set_to_none=True)

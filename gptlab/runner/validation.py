@@ -109,7 +109,7 @@ def held_out_sums(model: Transformer, data: Prepared, name: str, config: Config,
         weights = [float(batch.targets.shape[1])] * len(sums) if batch.weight is None else batch.weight.sum(1).tolist()
         own += [(number * rows + i, nats, weight) for i, ((nats, _), weight) in enumerate(zip(sums, weights, strict=True))]
         correct += int(sum(right for _, right in sums))
-        size += int(lengths[batch.targets].sum())
+        size += int((lengths[batch.targets] if batch.weight is None else lengths[batch.targets] * (batch.weight > 0)).sum())
     model.train(was_training)
     found = world.gather(size, correct)
     size, correct = (int(sum(r[i] for r in found)) for i in (0, 1))

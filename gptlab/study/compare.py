@@ -11,6 +11,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 from gptlab.config.slots import word
 from gptlab.runner.run import Run, all_runs, find_study, members, read_ablation
+from gptlab.study.scores import Estimate, of_runs
 from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most
 from gptlab.study.text import TextInterval, text_interval
 from gptlab.study.verdict import EFFECT, Verdict, judge
@@ -58,6 +59,7 @@ class Row:
     peak_memory: float
     p_target: float | None  # one-sided, that the mean loss is above the comparison's target
     extra: dict[str, float]  # whatever else was measured at the end, mean of the seeds
+    scores: dict[str, Estimate] = field(default_factory=dict)  # benchmarks and probes
 
     @property
     def difference(self) -> Interval | None:
@@ -224,11 +226,12 @@ def _row(arm: Arm, base: Arm, measured: dict[str, dict[int, float]], verdict: Ve
         peak_memory=arm.mean("memory/peak_bytes") or 0.0,
         p_target=p_at_most(list(losses.values()), target) if target is not None else None,
         extra={name: value for name in _extra_names(arm) if (value := arm.mean(name)) is not None},
+        scores=of_runs(arm.runs.values()),
     )
 
 
 def _extra_names(arm: Arm) -> list[str]:
-    standard = ("train/", "memory/", "data/", "machine/")
+    standard = ("train/", "memory/", "data/", "machine/", "eval/")  # the last stand among the scores
     told = (METRIC, PER_BYTE)  # the second is the first in another unit
     names = {n for s in arm.summaries.values() for n in s if "/" in n and n not in told and not n.startswith(standard)}
     return sorted(names)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
-from gptlab.study import votes
+from gptlab.study import scores, votes
 from gptlab.study.compare import ACCURACY, METRIC, PER_BYTE, Arm, Comparison, Row, collect, tokenizers
 from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
@@ -108,12 +108,21 @@ def extras(comparison: Comparison) -> Table | None:
     return shown
 
 
+def _scores(comparison: Comparison) -> list[tuple[str, dict[str, scores.Estimate]]]:
+    return [(row.label, row.scores) for row in comparison.rows]
+
+
 def show(comparison: Comparison) -> None:
     """Print the comparison: its table, what else was measured, and its remarks."""
     console.print(table(comparison))
     more = extras(comparison)
     if more is not None:
         console.print(more)
+    judged = scores.table(_scores(comparison))
+    if judged is not None:
+        console.print(judged)
+        for source in scores.lines(_scores(comparison))[2]:
+            say((f"  {source}", "dim"))
     if comparison.votes:
         console.print(votes.table(comparison.votes))
     for remark in remarks(comparison):
@@ -166,7 +175,7 @@ def markdown(comparison: Comparison) -> str:
         values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)
         notes.append(f"{name}: {values}")
     written = "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
-    return written + (votes.markdown(comparison.votes) if comparison.votes else "")
+    return written + scores.markdown(_scores(comparison)) + (votes.markdown(comparison.votes) if comparison.votes else "")
 
 
 def csv_table(comparison: Comparison) -> str:
@@ -175,11 +184,14 @@ def csv_table(comparison: Comparison) -> str:
     plain = ("parameters", "steps", "tokens", "flops", "seconds", "tokens_per_second", "peak_memory", "pairing_gain")
     written = io.StringIO()
     lines = csv.writer(written, lineterminator="\n")
-    lines.writerow(["arm", "seeds", comparison.metric, "difference", "half_width", "verdict", "p", *plain, *extra])
+    judged = list(dict.fromkeys(name for row in comparison.rows for name in row.scores))
+    with_errors = [column for name in judged for column in (f"eval/{name}", f"eval/{name}_stderr")]
+    lines.writerow(["arm", "seeds", comparison.metric, "difference", "half_width", "verdict", "p", *plain, *extra, *with_errors])
     for row in comparison.rows:
         gap, verdict = row.difference, row.verdict
         told = [gap.mean if gap else "", gap.half if gap else "", verdict.kind if verdict else "baseline", verdict.p if verdict else ""]
         values = [getattr(row, name) for name in plain] + [row.extra.get(name) for name in extra]
+        values += [getattr(row.scores.get(name), part, None) for name in judged for part in ("value", "error")]
         lines.writerow([row.label, " ".join(map(str, row.seeds)), row.loss.mean, *told, *("" if v is None else v for v in values)])
     return written.getvalue()
 

@@ -30,6 +30,9 @@ class Guarded:
     def finish(self, summary: Metrics, code: int) -> None:
         self._try(lambda: self.tracker.finish(summary, code))
 
+    def add(self, run: RunInfo, figures: Metrics) -> None:
+        self._try(lambda: self.tracker.add(run, figures))
+
     def _try(self, call: Callable[[], None]) -> None:
         if not self._alive:
             return

@@ -45,3 +45,6 @@ class Tracker(Protocol):
 
     def finish(self, summary: Metrics, code: int) -> None:
         """Called once, whatever happened, with the exit code of the run."""
+
+    def add(self, run: RunInfo, figures: Metrics) -> None:
+        """Add figures to a run that is over, `logged_to` its last step; in place of `start`, `log` and `finish`."""

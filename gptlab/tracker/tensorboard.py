@@ -58,3 +58,9 @@ class TensorBoard:
     def finish(self, summary: Metrics, code: int) -> None:
         if self._writer is not None:
             self._writer.close()
+
+    def add(self, run: RunInfo, figures: Metrics) -> None:
+        self.start(run)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, run.logged_to)
+        self._writer.close()

@@ -152,6 +152,17 @@ class _Wandb:
         if self._online and time.monotonic() - began >= FINISH_TIMEOUT:  # the client says nothing then
             self._warn("has not everything yet", f"the server was waited for {FINISH_TIMEOUT:g} s", KEPT)
 
+    def add(self, run: RunInfo, figures: Metrics) -> None:
+        """To the run's summary: it is resumed by its id, and gets no new step. Offline that is another folder for `wandb sync`."""
+        self.start(run)
+        if self._run is None:
+            return
+        try:
+            self._run.summary.update(figures)
+            self._run.finish(exit_code=0)
+        except Exception as error:  # the server may die at any time
+            self._warn("did not finish", error, KEPT)
+
     def _answers(self) -> bool:
         """Whether the server is there: what is kept as an artifact asks it, and the client waits long for one that is gone."""
         if not self._online:

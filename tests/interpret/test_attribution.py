@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
-from gptlab.config.registry import register
-from gptlab.interpret import attribute, run_with
+from gptlab.config.registry import components, register
+from gptlab.interpret import attribute, capture, run_with
 from gptlab.model.block import _Block
 from tests.interpret.conftest import PARTS, small, some_tokens
 
@@ -30,6 +30,19 @@ def test_contributions_add_up_to_the_logit(kind: str) -> None:
     torch.testing.assert_close(two.values.sum(0), two.logits, rtol=0, atol=1e-4)
     if cap is None:
         torch.testing.assert_close(two.logits, logits[..., 3] - logits[..., 5], rtol=0, atol=1e-4)
+
+
+SLOTS = ("norm", "position", "input", "attention", "kernel", "value", "gate", "ffn", "block", "stream", "head", "parametrisation")
+
+
+@pytest.mark.parametrize(("slot", "name"), [(slot, c.name) for slot in SLOTS for c in components(f"model/{slot}") if c.name != "flex"])
+@torch.no_grad()
+def test_every_component_can_be_captured_and_attributed(slot: str, name: str) -> None:
+    model, tokens = small(depth=2, **{slot: name}), some_tokens()
+    found = attribute(model, tokens, 3, against=5)
+    torch.testing.assert_close(found.values.sum(0), found.logits, rtol=0, atol=1e-4)
+    logits = capture(model, tokens, "embedded").logits
+    torch.testing.assert_close(found.logits, logits[..., 3] - logits[..., 5], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from gptlab import load
 from gptlab.config.errors import ConfigError
 from gptlab.interpret import capture, names, patterns, run_with, same_tokenizer
+from gptlab.interpret.taps import Place
 from gptlab.runner.run import Run
 from tests.interpret.conftest import PARTS, VOCABULARY, small, some_tokens
 
@@ -88,6 +89,13 @@ def test_changing_nothing_changes_nothing_and_changing_all_is_another_run() -> N
     assert not one["blocks.1.attention.z"][..., 12:18].any()
     assert one["blocks.1.attention.z"][..., :12].all()
     assert not torch.equal(one.logits, plain)
+
+
+def test_a_change_of_a_part_leaves_what_it_was_made_of() -> None:
+    x = torch.ones(2, 3, 4)
+    changed = Place("a head", "z", (1, 3)).write(x, lambda part: 2 * part)
+    assert torch.equal(changed[1, 2], torch.tensor([1.0, 2.0, 2.0, 1.0]))
+    assert (x == 1).all(), "another tap may hold it"
 
 
 WRONG = {

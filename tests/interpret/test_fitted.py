@@ -78,6 +78,7 @@ def test_an_autoencoder_of_a_model_is_judged_by_what_it_gives_back() -> None:
     model, tokens = small(), some_tokens(40, 16)
     found = train_autoencoder(model, tokens, "blocks.0", features=96, active=8, steps=300, batch=256, learning_rate=3e-3)
     assert 0.6 < found.explained <= 1
+    torch.testing.assert_close(found.autoencoder.directions.norm(dim=-1), torch.ones(96))
     assert 0 < found.alive <= 1
     assert 0 < float(found.frequency.sum()) <= 8
     again = train_autoencoder(model, tokens, "blocks.0", features=96, active=8, steps=3, batch=256)

@@ -15,6 +15,7 @@ from gptlab import compose, train
 from gptlab.config.errors import DivergedError, Stopped
 from gptlab.config.registry import register
 from gptlab.runner.callback import Callback
+from gptlab.runner.tracked import add_figures
 from gptlab.runner.trainer import Trainer
 from gptlab.tracker import wandb as tracker_wandb
 from tests.stand_ins.wandb_server import Server, wandb_server
@@ -109,6 +110,26 @@ def test_arms_samples_histograms_and_the_last_checkpoint_arrive(corpus_file: Pat
     assert '"step":12' in kept[0]["metadata"]
     assert run.summary["parameters"] > 0
     assert run.summary["train/tokens_per_second"] > 0
+
+
+def test_what_is_measured_afterwards_comes_to_its_summary(corpus_file: Path, online: Server) -> None:
+    run = train(compose(tiny(corpus_file, "study=judged", "tracker=wandb"))).run
+    there = online.runs[f"judged-{run.identity}"]
+    before = len(there.history)
+    add_figures(run, {"eval/english/acc": 0.61, "eval/english/acc_stderr": 0.02})
+    assert (there.summary["eval"]["english"]["acc"] if "eval" in there.summary else there.summary["eval/english/acc"]) == 0.61
+    assert there.summary["val/loss"] > 0, "what was there stays"
+    assert there.settings["groupName"] == "judged"
+    assert there.exit_code == 0
+    assert len(there.history) == before, "no step of its own"
+
+
+def test_offline_it_lies_in_files_for_the_same_run(corpus_file: Path) -> None:
+    run = train(compose(tiny(corpus_file, "study=judged", "tracker=offline"))).run
+    add_figures(run, {"eval/english/acc": 0.61})
+    files = sorted((run.directory / "wandb").glob("offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-judged-{run.identity}.wandb"] * 2
+    assert any(b"eval/english/acc" in file.read_bytes() for file in files)
 
 
 def test_a_run_that_diverges_raises_an_alert(corpus_file: Path, online: Server) -> None:

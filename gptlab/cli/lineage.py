@@ -1,0 +1,107 @@
+"""What `gptlab runs lineage` prints: the runs that a run's weights came through, from the first, and what each took."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import component_of, load_components
+from gptlab.runner.inherit import PARENT
+from gptlab.runner.run import Run, find_run
+from gptlab.tracker.console import console, say
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the chain. `step`: of the parent, whose weights it began with (None: drawn, or imported); seconds: with evaluations."""
+
+    run: str
+    name: str
+    study: str
+    state: str
+    began: str
+    objective: str
+    data: str
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
+    loss: float | None
+    missing: bool = False
+
+
+def lineage(reference: str, *, price: float, as_json: bool) -> None:
+    """Print the chain. `price`: dollars an hour of the machine, 0: none is told."""
+    if price < 0:
+        raise ConfigError(f"--price {price} must be at least 0 dollars an hour")
+    load_components()
+    stages = chain(find_run(reference))
+    if as_json:
+        print(json.dumps([asdict(stage) for stage in stages], indent=1))
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = ["stage", "run", "began with", "objective", "data", "steps", "tokens", "time", *(["cost"] if price else []), "val/loss"]
+    for name in columns:
+        shown.add_column(name, justify="left" if name in columns[:5] else "right", no_wrap=name in ("run", "tokens"))
+    for stage in stages:
+        if stage.missing:
+            shown.add_row(stage.name, stage.run, "it is gone")
+            continue
+        shown.add_row(
+            stage.name.replace(",", " "), stage.run, stage.began, stage.objective, stage.data, f"{stage.steps:,}", f"{stage.tokens:,}",
+            _time(stage.seconds), *([f"${stage.seconds / 3600 * price:,.2f}"] if price else []),
+            "" if stage.loss is None else f"{stage.loss:.4f}",
+        )  # fmt: skip
+    console.print(shown)
+    known = [stage for stage in stages if not stage.missing]
+    seconds, flops = sum(stage.seconds for stage in known), sum(stage.flops for stage in known)
+    cost = f", ${seconds / 3600 * price:,.2f} at ${price:g} an hour" if price else ""
+    say(f"in all {sum(stage.tokens for stage in known):,} tokens, {flops:.3g} FLOPs, {_time(seconds)}{cost}")
+    say(("val/loss is of each stage's own held-out data: of chats on the assistant's tokens alone", "dim"))
+
+
+def chain(run: Run) -> list[Stage]:
+    """The stages, the first one first. Where a parent is gone the chain begins with its name."""
+    found = [_stage(run)]
+    at: Run | None = run
+    while at is not None and (parent := at.read(PARENT) or at.read("start.json")):
+        identity = str(parent.get("run") or at.config().trainer.start.partition("@")[0])
+        try:
+            at = find_run(identity)
+        except ConfigError:
+            found.append(Stage(identity, str(parent["name"]), str(parent["study"]), "gone", "", "", "", 0, 0, 0.0, 0.0, None, True))
+            break
+        if any(stage.run == at.identity for stage in found):
+            break
+        found.append(_stage(at))
+    return found[::-1]
+
+
+def _stage(run: Run) -> Stage:
+    config = run.config()
+    parent, came = run.read(PARENT), run.read("imported.json")
+    began = (
+        f"{parent['name'].replace(',', ' ')}@{parent['step']}"
+        if parent
+        else config.trainer.start or (f"import of {came['kind']}" if came else "nothing")
+    )
+    latest: dict[str, Any] = {}
+    for line in run.metrics():
+        latest.update(line)
+    loss = latest.get("val/loss")
+    return Stage(
+        run.identity, run.name, run.study, run.state, began, component_of(config.objective).name, component_of(config.data.corpus).name,
+        int(latest.get("step", 0)), int(latest.get("tokens", 0)), float(latest.get("flops", 0.0)), float(latest.get("wall", 0.0)),
+        None if loss is None else float(loss),
+    )  # fmt: skip
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

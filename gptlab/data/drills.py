@@ -1,0 +1,174 @@
+"""Chats made up by a program, which can check their answers: what a model of few parameters can learn, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any, Literal
+
+from gptlab.config.errors import ConfigError
+from gptlab.config.registry import register
+from gptlab.data.chat import ANSWERS, Message
+from gptlab.data.chat_corpus import ChatCorpus, Found
+from gptlab.data.chat_records import Example
+
+Made = tuple[list[str], str]  # what the user and the assistant say in turn, ending with the user; the right answer
+VERSION = 1  # goes up where the same options give other chats
+
+WORDS = {
+    "en": "apple bread chair cloud dream field flame glass green heart horse house light lemon metal money mouse night ocean paper "
+    "piano plant queen river round salad shell smile snake stone sugar table tiger tower train water wheel white world young",
+    "de": "apfel birne blume boden brief dach decke eimer ernte farbe feder fisch flamme garten glas hafen hund insel jahr kerze "
+    "kinder kirche lampe leiter licht mantel messer mond mutter nebel ofen pferd regen ring salz sonne stein tisch vogel wolke",
+}
+NAMES = {
+    "en": "Ada Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kira Leo",
+    "de": "Anna Bernd Clara Dirk Eva Franz Greta Hans Ida Jan Karin Lutz",
+}
+DAYS = {
+    "en": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "de": "Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag",
+}
+OPPOSITES = {
+    "en": "big small hot cold old new fast slow light dark high low rich poor full empty open closed early late hard soft long short",
+    "de": "groß klein heiß kalt alt neu schnell langsam hell dunkel hoch tief reich arm voll leer offen zu früh spät hart weich lang kurz",
+}
+# Of each skill: how it may be asked for, and how the answer is put.
+PHRASES: dict[str, dict[str, tuple[list[str], str]]] = {
+    "en": {
+        "add": (["What is {a} plus {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} and {b} together?"],
+                "{a} plus {b} is {answer}."),
+        "larger": (["Which is larger, {a} or {b}?", "Is {a} or {b} the larger number?"], "{answer} is larger."),
+        "spell": (["Spell the word {word}.", "How do you spell {word}?"], "{answer}"),
+        "first": (["What is the first letter of {word}?", "Which letter does {word} begin with?"], "The first letter is {answer}."),
+        "last": (["What is the last letter of {word}?", "Which letter does {word} end with?"], "The last letter is {answer}."),
+        "upper": (["Write {word} in capitals.", "Put {word} into capital letters."], "{answer}"),
+        "repeat": (["Say {word} {n} times.", "Repeat the word {word} {n} times."], "{answer}"),
+        "letters": (["How many letters has {word}?", "Count the letters of {word}."], "It has {answer} letters."),
+        "after": (["Which day comes after {day}?", "What day follows {day}?"], "{answer} comes after {day}."),
+        "opposite": (["What is the opposite of {word}?", "Tell me the opposite of {word}."], "The opposite of {word} is {answer}."),
+        "name": (["What is my name?", "Do you know my name?"], "Your name is {answer}."),
+    },
+    "de": {
+        "add": (["Was ist {a} plus {b}?", "{a} + {b} = ?", "Addiere {a} und {b}.", "Wie viel sind {a} und {b} zusammen?"],
+                "{a} plus {b} ist {answer}."),
+        "larger": (["Was ist größer, {a} oder {b}?", "Ist {a} oder {b} die größere Zahl?"], "{answer} ist größer."),
+        "spell": (["Buchstabiere das Wort {word}.", "Wie buchstabiert man {word}?"], "{answer}"),
+        "first": (["Was ist der erste Buchstabe von {word}?", "Womit beginnt {word}?"], "Der erste Buchstabe ist {answer}."),
+        "last": (["Was ist der letzte Buchstabe von {word}?", "Womit endet {word}?"], "Der letzte Buchstabe ist {answer}."),
+        "upper": (["Schreibe {word} in Großbuchstaben.", "Setze {word} in Großbuchstaben."], "{answer}"),
+        "repeat": (["Sage {n} Mal {word}.", "Wiederhole das Wort {word} {n} Mal."], "{answer}"),
+        "letters": (["Wie viele Buchstaben hat {word}?", "Zähle die Buchstaben von {word}."], "Es hat {answer} Buchstaben."),
+        "after": (["Welcher Tag kommt nach {day}?", "Was folgt auf {day}?"], "{answer} kommt nach {day}."),
+        "opposite": (["Was ist das Gegenteil von {word}?", "Nenne das Gegenteil von {word}."], "Das Gegenteil von {word} ist {answer}."),
+        "name": (["Wie heiße ich?", "Kennst du meinen Namen?"], "Du heißt {answer}."),
+    },
+}  # fmt: skip
+MEETING = {
+    "en": (["My name is {name}.", "Hello, I am {name}.", "Hi! I'm called {name}."], "Hello {name}, nice to meet you."),
+    "de": (["Ich heiße {name}.", "Hallo, ich bin {name}.", "Guten Tag! Mein Name ist {name}."], "Hallo {name}, schön dich zu treffen."),
+}
+SYSTEM = {"en": "You are a helpful assistant.", "de": "Du bist ein hilfreicher Assistent."}
+SKILLS = tuple(PHRASES["en"])
+
+
+@register("data/corpus", "drills")
+class Drills(ChatCorpus):
+    """Chats made up by a program: sums, words, days, opposites, a name to keep in mind; every answer can be checked.
+
+    language     en or de
+    chats        how many
+    skills       of these alone; empty: all (add, larger, spell, first, last, upper, repeat, letters, after, opposite, name)
+    largest      numbers are below it
+    preferences  beside each answer a worse one, wrong or rambling, for objective=dpo
+    seed         of the draws; a preference or reinforcement stage takes another than the fine-tuning before it
+    """
+
+    name = "drills"
+
+    def __init__(
+        self,
+        *,
+        language: Literal["en", "de"] = "en",
+        chats: int = 20000,
+        skills: tuple[str, ...] = (),
+        largest: int = 100,
+        preferences: bool = False,
+        seed: int = 0,
+    ) -> None:
+        unknown = [skill for skill in skills if skill not in SKILLS]
+        if unknown:
+            raise ConfigError(f"data.corpus.skills: {unknown[0]!r} is not one of {', '.join(SKILLS)}")
+        if chats < 1 or largest < 2:
+            raise ConfigError(f"data.corpus: chats={chats} must be at least 1 and largest={largest} at least 2")
+        self.language, self.chats, self.skills, self.largest = language, chats, tuple(skills) or SKILLS, largest
+        self.pairs, self.seed = preferences, seed
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "version": VERSION, "language": self.language, "chats": self.chats, "skills": list(self.skills), "largest": self.largest,
+            "pairs": self.pairs, "seed": self.seed,
+        }  # fmt: skip
+
+    def found(self, *, validation: bool = False) -> Iterator[Found]:
+        draw = Random(f"drills {self.seed}")
+        for _ in range(self.chats):
+            yield self._example(draw)
+
+    def _example(self, draw: Random) -> Example:
+        """One to three skills in a row; a name that is told first is asked for last."""
+        messages = [Message("system", SYSTEM[self.language])] if draw.random() < 0.2 else []
+        skill = draw.choice(self.skills)
+        told = _values(skill, self.language, self.largest, draw)
+        if skill == "name":
+            asked, greeted = MEETING[self.language]
+            messages += [Message("user", draw.choice(asked).format(**told)), Message(ANSWERS, greeted.format(**told))]
+        for _ in range(draw.choice((0, 0, 0, 1, 2))):
+            between = draw.choice([s for s in self.skills if s != "name"] or list(self.skills))
+            if between != "name":
+                messages += self._turn(between, _values(between, self.language, self.largest, draw), draw)
+        *asked_last, answer = self._turn(skill, told, draw)
+        rejected = None
+        if self.pairs:
+            wrong = _wrong(skill, told, self.language, self.largest, draw)
+            put = PHRASES[self.language][skill][1]
+            rejected = put.format(**told | {"answer": wrong}) if draw.random() < 0.7 else f"{answer.content} {answer.content}"
+        return Example((*messages, *asked_last, answer), rejected)
+
+    def _turn(self, skill: str, told: dict[str, Any], draw: Random) -> list[Message]:
+        asked, put = PHRASES[self.language][skill]
+        return [Message("user", draw.choice(asked).format(**told)), Message(ANSWERS, put.format(**told))]
+
+
+def _values(skill: str, language: str, largest: int, draw: Random) -> dict[str, Any]:
+    """What a skill's phrases hold, its answer among it."""
+    words, days = WORDS[language].split(), DAYS[language].split()
+    a, b, n = draw.randrange(largest), draw.randrange(largest), draw.randint(2, 4)
+    word, day, name = draw.choice(words), draw.randrange(7), draw.choice(NAMES[language].split())
+    opposites = OPPOSITES[language].split()
+    if skill == "opposite":
+        place = draw.randrange(len(opposites))
+        return {"word": opposites[place], "answer": opposites[place ^ 1]}
+    if skill == "larger" and a == b:
+        b = (b + 1) % largest
+    answers: dict[str, Callable[[], Any]] = {
+        "add": lambda: a + b,
+        "larger": lambda: max(a, b),
+        "spell": lambda: " ".join(word),
+        "first": lambda: word[0],
+        "last": lambda: word[-1],
+        "upper": word.upper,
+        "repeat": lambda: " ".join([word] * n),
+        "letters": lambda: len(word),
+        "after": lambda: days[(day + 1) % 7],
+        "name": lambda: name,
+    }
+    return {"a": a, "b": b, "n": n, "word": word, "day": days[day], "name": name, "answer": answers[skill]()}
+
+
+def _wrong(skill: str, told: dict[str, Any], language: str, largest: int, draw: Random) -> Any:
+    """An answer of the same kind that is not the right one."""
+    while True:
+        other = _values(skill, language, largest, draw)["answer"]
+        if str(other) != str(told["answer"]):
+            return other
