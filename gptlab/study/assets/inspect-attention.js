@@ -135,7 +135,7 @@ async function enlarge() {
   $("head-name").textContent = `${headName(layer, head)}: ${allScores(data.attention.scores, layer, head)}`;
   canvas.setAttribute("aria-label", `attention of ${headName(layer, head)}, ${count} tokens; arrow keys read single weights`);
   const row = await attentionRow(layer, head, place);
-  const most = row.map((weight, k) => ({ weight, k })).sort((a, b) => b.weight - a.weight).slice(0, 6).filter((one) => one.weight > 0.005);
+  const most = row.map((weight, k) => ({ weight, k })).sort((a, b) => b.weight - a.weight).slice(0, 6);
   $("head-told").replaceChildren(el("h3", {}, `From token ${place}, ${visible(piece(place))} (the marked row), to`),
     ...bars(most.map(({ weight, k }) => ({ text: piece(k), place: k, share: weight, told: percent(weight) })), 1));
 }
