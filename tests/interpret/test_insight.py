@@ -16,6 +16,7 @@ from gptlab.interpret import head_scores, lens, repeated_tokens
 from gptlab.interpret.insight import in_context, of_text
 from gptlab.runner.run import Run
 from tests.faulty import weights_hash
+from tests.ranks import Job, trained
 from tests.tiny import tiny
 
 INSIGHT = "+callback@callbacks.insight=insight"
@@ -96,3 +97,19 @@ def test_the_logits_of_a_row_at_a_time_are_those_of_all(corpus_file: Path) -> No
     batch = next(held_out_batches(prepare(loaded.config.data), "val", 16, 64, 4))
     one, all_rows = of_text(loaded.model, batch, 16), of_text(loaded.model, batch, 64)
     assert one["in_context_loss"] == all_rows["in_context_loss"]
+
+
+@pytest.mark.slow
+def test_sharded_and_copied_models_are_measured_as_one_process_does(corpus_file: Path, tmp_path: Path) -> None:
+    own = tiny(corpus_file, INSIGHT, "model.depth=2", "callbacks.insight.every=2", steps=4)
+    kinds = {kind: Job(tmp_path / kind, [*own, f"hardware/strategy={kind}"]) for kind in ("ddp", "fsdp")}
+    for outcomes in trained(tmp_path / "jobs", list(kinds.values())):
+        assert [o["state"] for o in outcomes] == ["done", "done"], outcomes
+    alone = told(train(compose(own)).run)
+    for kind, job in kinds.items():
+        theirs = told(Run(job.directory))
+        assert theirs.keys() == alone.keys()
+        for step, line in alone.items():
+            assert theirs[step].keys() == line.keys(), kind
+            for name in line.keys() - {"insight/milliseconds"}:
+                assert theirs[step][name] == pytest.approx(line[name], rel=2e-3, abs=1e-4), f"{kind}, step {step}: {name}"
