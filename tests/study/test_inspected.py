@@ -73,3 +73,15 @@ def test_two_tokenisers_are_refused(corpus_file: Path, gptlab: Command) -> None:
     refused = gptlab("compare", "two", "--inspect")
     assert refused.code == 2
     assert "the arms 'char' and 'byte' do not share one tokeniser" in refused.err
+
+
+def test_any_metric_can_be_drawn_and_one_that_nobody_measured_is_refused(study: str, gptlab: Command, tmp_path: Path) -> None:
+    file = tmp_path / "two.png"
+    assert gptlab("compare", study, "--png", str(file), "--metric", "val/loss", "--metric", "train/loss").code == 0
+    assert file.stat().st_size > 5000
+    refused = gptlab("compare", study, "--png", str(file), "--metric", "val/los")
+    assert refused.code == 2
+    assert "no run of within has measured it (did you mean val/loss?)" in refused.err
+    alone = gptlab("compare", study, "--metric", "val/loss")
+    assert alone.code == 2
+    assert "--metric goes with --png FILE" in alone.err
