@@ -28,7 +28,7 @@ def test_recipes_and_experiments_are_inside(wheel: Path) -> None:
     for folder in ("conf", "experiments"):
         for file in (f for f in (ROOT / folder).rglob("*.*") if f.suffix in (".yaml", ".json")):
             assert f"gptlab/{file.relative_to(ROOT)}" in names
-    assets = {f"gptlab/study/assets/page.{kind}" for kind in ("html", "css", "js")}
+    assets = {f"gptlab/study/assets/{file.name}" for file in (ROOT / "gptlab" / "study" / "assets").iterdir()}
     assert {"gptlab/py.typed", *(f"gptlab/generate/{name}" for name in ("product.c", "product.h", "step.c")), *assets} <= set(names)
     for file in (ROOT / "gptlab" / "generate" / "server" / "assets").iterdir():
         assert f"gptlab/generate/server/assets/{file.name}" in names

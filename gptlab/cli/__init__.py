@@ -12,6 +12,7 @@ import typer
 from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument, RunArgument, WeightsOption, complete_overrides
 from gptlab.cli.commands import bench_app, chat, data_app, serve
 from gptlab.cli.exchange import evaluate_runs, export_model, import_model
+from gptlab.cli.inspecting import inspect_model
 from gptlab.config.errors import GptlabError
 
 app = typer.Typer(
@@ -166,16 +167,19 @@ def compare(
     as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="A markdown table.")] = False,
     png: Annotated[Path | None, typer.Option(help="Save the loss curves here.", metavar="FILE")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="What --png draws instead; several one above the other.", metavar="NAME")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="The table as comma-separated values.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page: curves, verdicts, samples.", metavar="FILE")] = None,
     pairing: Annotated[bool, typer.Option("--pairing", help="Also what pairing by seed gains, at every step that was measured.")] = False,
     power: Annotated[bool, typer.Option("--power", help="Also how often the seeds that a verdict asks for find the effect.")] = False,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Also what the models hold: induction, entropy, lens depth, norms.")] = False,
 ) -> None:
     """Compare the arms of a study: each against the baseline, on paired seeds."""
     from gptlab.cli.show import compare as show
 
     forms = {"json": as_json, "markdown": as_markdown, "csv": as_csv}
-    show(study, baseline=baseline, target=target, effect=effect, forms=forms, png=png, html=html, paired=pairing, resampled=power)
+    also = {"paired": pairing, "resampled": power, "inspected": inspect}
+    show(study, baseline=baseline, target=target, effect=effect, forms=forms, png=png, html=html, metrics=metric or (), **also)
 
 
 @app.command()
@@ -262,6 +266,7 @@ def sample(
     )
 
 
+app.command("inspect")(inspect_model)
 app.command()(chat)
 app.command()(serve)
 

@@ -51,6 +51,7 @@ BUILTIN = (
     "gptlab.runner.diagnostics",
     "gptlab.runner.reference",
     "gptlab.runner.inherit",
+    "gptlab.interpret.insight",
     "gptlab.evaluate.callback",
 )
 

@@ -16,8 +16,9 @@ Made = tuple[list[str], str]  # what the user and the assistant say in turn, end
 VERSION = 1  # goes up where the same options give other chats
 
 WORDS = {
-    "en": "apple bread chair cloud dream field flame glass green heart horse house light lemon metal money mouse night ocean paper "
-    "piano plant queen river round salad shell smile snake stone sugar table tiger tower train water wheel white world young",
+    "en": "ant apple bear blanket bread bridge candle cat chair cloud dog dream feather fire flower forest garden glass hat honey horse "
+    "house island kitchen lamp letter lion market moon mountain mouse night ocean orange paper pencil rain river road rose salt sea "
+    "shadow silver snow spoon stone summer sun table tiger tree umbrella village water window winter wood",
     "de": "apfel birne blume boden brief dach decke eimer ernte farbe feder fisch flamme garten glas hafen hund insel jahr kerze "
     "kinder kirche lampe leiter licht mantel messer mond mutter nebel ofen pferd regen ring salz sonne stein tisch vogel wolke",
 }
@@ -168,7 +169,10 @@ def _values(skill: str, language: str, largest: int, draw: Random) -> dict[str, 
 
 def _wrong(skill: str, told: dict[str, Any], language: str, largest: int, draw: Random) -> Any:
     """An answer of the same kind that is not the right one."""
+    answer = told["answer"]
+    if isinstance(answer, int):
+        return abs(answer + draw.choice((-3, -2, -1, 1, 2, 3))) or answer + 1
     while True:
         other = _values(skill, language, largest, draw)["answer"]
-        if str(other) != str(told["answer"]):
+        if other != answer:
             return other

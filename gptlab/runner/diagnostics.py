@@ -88,7 +88,7 @@ class Norms(_Diagnostic):
             return
         with self.timed(trainer), torch.no_grad():
             parameters = list(trainer.model.parameters())
-            self._gradients = _squares([p.grad for p in parameters], trainer.world.first)
+            self._gradients = squares([p.grad for p in parameters], trainer.world.first)
             self._copies = [_own(p).clone() for p in parameters]
 
     def on_step(self, trainer: Trainer) -> None:
@@ -97,10 +97,10 @@ class Norms(_Diagnostic):
         with self.timed(trainer), torch.no_grad():
             parameters, first = list(trainer.model.parameters()), trainer.world.first
             sharded = [isinstance(p, DTensor) for p in parameters]
-            weights = _squares(self._copies, first, sharded)
+            weights = squares(self._copies, first, sharded)
             for copy, parameter in zip(self._copies, parameters, strict=True):
                 copy.sub_(_own(parameter))
-            updates = _squares(self._copies, first, sharded)
+            updates = squares(self._copies, first, sharded)
             self._copies = []
             found = self._by_label(trainer, [self._gradients, weights, updates])
         self.write(trainer, found)
@@ -134,7 +134,7 @@ def _own(tensor: Tensor) -> Tensor:
     return found.detach()
 
 
-def _squares(tensors: Sequence[Tensor | None], first: bool, sharded: Sequence[bool] | None = None) -> list[float]:
+def squares(tensors: Sequence[Tensor | None], first: bool, sharded: Sequence[bool] | None = None) -> list[float]:
     """Of each tensor the sum of squares that is this rank's to tell: of its own part, or of the whole on rank 0 alone."""
     norms = []
     for number, tensor in enumerate(tensors):
@@ -144,7 +144,7 @@ def _squares(tensors: Sequence[Tensor | None], first: bool, sharded: Sequence[bo
     return [n**2 for n in torch.stack([n.to(device) for n in norms]).tolist()]
 
 
-class _HeldOut(_Diagnostic):
+class HeldOutDiagnostic(_Diagnostic):
     """Looks at one batch of `tokens` held-out tokens, spread over the set (of a mix, its first source's), and always the same."""
 
     def __init__(self, name: str, prefix: str, every: int, tokens: int) -> None:
@@ -174,20 +174,21 @@ class _HeldOut(_Diagnostic):
             finally:
                 trainer.model.train(was_training)
             found = collect()
-        self.write(trainer, _numbers(found))
+        self.write(trainer, numbers(found))
 
     def watch(self, trainer: Trainer, hooks: ExitStack) -> Callable[[], dict[str, Tensor]]:
         """Put hooks into the model that `hooks` takes away again; what comes back gives the scalars they found."""
         raise AssertionError("a subclass says how")
 
 
-def _numbers(found: dict[str, Tensor]) -> Metrics:
+def numbers(found: dict[str, Tensor]) -> Metrics:
+    """Scalars as metrics."""
     values = torch.stack(list(found.values())).tolist() if found else []  # one wait for the device
     return dict(zip(found, values, strict=True))
 
 
 @register("callback", "activations")
-class Activations(_HeldOut):
+class Activations(HeldOutDiagnostic):
     """RMS and largest size of the residual stream after each block, and each feed-forward's share of dead hidden units.
 
     On held-out `tokens`. A unit is dead that on none of them exceeds a thousandth of its layer's RMS, in size: the same rule for
@@ -227,7 +228,7 @@ class Activations(_HeldOut):
 
 
 @register("callback", "attention")
-class Attention(_HeldOut):
+class Attention(HeldOutDiagnostic):
     """Entropy of each layer's attention in nats (mean over heads and queries), and its largest score; `per_head` of each head too.
 
     On held-out `tokens`, from what the kernel is given, whichever it is: the pattern is written out in fp32 as kernel naive does, with

@@ -49,16 +49,25 @@ def page(study: str, found: Comparison | None, *, live: bool = False) -> str:
         "made": _made(shown),
         "live": live,
     }
+    return assembled("page.html", name, data, styles=("page.css",), scripts=("common.js", "page.js"))
+
+
+def assembled(body: str, title: str, data: dict[str, Any], *, styles: Sequence[str], scripts: Sequence[str]) -> str:
+    """One HTML text of the assets named, with the data as a JSON text within it."""
     text = json.dumps(finite(data), separators=(",", ":"), allow_nan=False, default=str)
     text = text.replace("<", "\\u003c")  # no tag can end the script
-    style, script, body = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
-    filled = body.replace("{{title}}", html.escape(name)).replace("{{style}}", style)
+    style, script = ("\n".join((ASSETS / name).read_text(encoding="utf-8") for name in names) for names in (styles, scripts))
+    filled = (ASSETS / body).read_text(encoding="utf-8").replace("{{title}}", html.escape(title)).replace("{{style}}", style)
     return filled.replace("{{script}}", script).replace("{{data}}", text)  # the data last: nothing in them is a place to fill
 
 
 def write_page(file: Path, study: str, found: Comparison) -> Path:
     """Write the page, whole or not at all. Raises IOFailure."""
-    made = page(study, found)
+    return write_whole(file, page(study, found))
+
+
+def write_whole(file: Path, made: str) -> Path:
+    """Write a page, whole or not at all, in a folder that is made where there is none. Raises IOFailure."""
     partial = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -132,13 +141,14 @@ def packed(values: npt.NDArray[np.float64], *, exact: bool = False) -> Column:
     if len(finite) == len(values) and np.allclose(values, np.linspace(values[0], values[-1], len(values)), rtol=1e-7, atol=0):
         return {"n": len(values), "first": float(values[0]), "last": float(values[-1])}
     if exact or len(values) < LONG:
-        return {"f4": _base64(np.where(np.isfinite(values), values, np.nan).astype("<f4"))}
+        return {"f4": encoded(np.where(np.isfinite(values), values, np.nan).astype("<f4"))}
     steps = np.where(np.isfinite(values), (values - low) / ((high - low) or 1.0) * (NONE - 1), NONE)
-    return {"low": low, "high": high, "u2": _base64(steps.round().astype("<u2"))}
+    return {"low": low, "high": high, "u2": encoded(steps.round().astype("<u2"))}
 
 
-def _base64(values: npt.NDArray[Any]) -> str:
-    return base64.b64encode(values.tobytes()).decode()
+def encoded(values: npt.NDArray[Any] | bytes) -> str:
+    """Base64 of an array's bytes, as they lie."""
+    return base64.b64encode(values if isinstance(values, bytes) else values.tobytes()).decode()
 
 
 def differences(runs: Mapping[str, Run]) -> list[dict[str, Any]]:

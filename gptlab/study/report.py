@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.errors import ConfigError
+from gptlab.config.registry import suggest
 from gptlab.study import scores, votes
 from gptlab.study.compare import ACCURACY, METRIC, PER_BYTE, Arm, Comparison, Row, collect, tokenizers
 from gptlab.study.statistics import Interval
@@ -201,9 +202,12 @@ _STYLES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 _REFERENCE = "#777777"  # published losses
 
 
-def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) -> Path:
+def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None, metrics: Sequence[str] = ()) -> Path:
     """Save the held-out loss over the steps (of a generated task the share of right answers): a line an arm, the mean of its seeds,
-    in a band from its lowest to its highest seed."""
+    in a band from its lowest to its highest seed. `metrics` draws these instead, one above the other.
+
+    Raises ConfigError for a metric that no run has, naming the nearest, or an ending that is no picture's.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +217,29 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
     metric = ACCURACY if found and all(ACCURACY in s for arm in found for s in arm.summaries.values()) else METRIC
     if metric == METRIC and len(tokenizers(found)) > 1:
         metric = PER_BYTE
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    known = {name for arm in found for summary in arm.summaries.values() for name in summary}
+    for name in (n for n in metrics if n not in known):
+        raise ConfigError(f"--metric {name}: no run of {study} has measured it{suggest(name, sorted(known))}")
+    asked = list(metrics) or [metric]
+    size = (8, 4.8) if len(asked) == 1 else (8, 2.6 * len(asked))
+    figure, panels = pyplot.subplots(len(asked), figsize=size, dpi=150, layout="constrained", squeeze=False, sharex=True)
+    for axes, name in zip(panels[:, 0], asked, strict=True):
+        _draw_metric(axes, found, name)
+    seeds = max((len(arm.runs) for arm in found), default=0)
+    panels[0, 0].set_title(f"{study}: mean of {seeds} seeds, band from lowest to highest" if seeds > 1 else study, loc="left", fontsize=10)
+    panels[-1, 0].set_xlabel("step")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(file)
+    except ValueError as error:
+        raise ConfigError(f"{file}: curves cannot be saved as {file.suffix or 'a file without ending'}; use .png, .svg or .pdf") from error
+    finally:
+        pyplot.close(figure)
+    return file
+
+
+def _draw_metric(axes: Any, found: Sequence[Arm], metric: str) -> None:
+    """One panel: a line an arm, named at its end."""
     ends: list[tuple[float, str, str]] = []
     lowest, highest = float("inf"), float("-inf")
     for i, arm in enumerate(found):
@@ -235,27 +261,15 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None) ->
         for text, value in _draw_references(axes, found):
             ends.append((value, text, _REFERENCE))
             lowest, highest = min(lowest, value), max(highest, value)
-    axes.set_xlabel("step")
     axes.set_ylabel(f"{metric} (nats a token)" if metric == METRIC else metric)
-    seeds = max((len(arm.runs) for arm in found), default=0)
-    title = f"{study}: mean of {seeds} seeds, band from lowest to highest" if seeds > 1 else study
-    axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     # Each line is named at its end; names that would overlap are pushed apart.
-    gap = (highest - lowest or 1.0) * 0.055
+    gap = (highest - lowest or 1.0) * 0.055 * 4.8 / (axes.figure.get_figheight() / len(axes.figure.axes))
     place = float("-inf")
     for value, text, colour in sorted(ends):
         place = max(value, place + gap)
         axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=8, annotation_clip=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(file)
-    except ValueError as error:
-        raise ConfigError(f"{file}: curves cannot be saved as {file.suffix or 'a file without ending'}; use .png, .svg or .pdf") from error
-    finally:
-        pyplot.close(figure)
-    return file
 
 
 def _draw_references(axes: Any, arms: Sequence[Arm]) -> list[tuple[str, float]]:
