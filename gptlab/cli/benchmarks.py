@@ -45,6 +45,16 @@ def score(runs: Mapping[str, Loaded], asked: Asked, precision: str, as_json: boo
         print(json.dumps({name: [asdict(one) for one in scores] for name, scores in found.items()}, indent=1))
     else:
         _show(found)
+        _left_out(found, chosen(asked.probes))
+
+
+def _left_out(found: Mapping[str, list[Score]], probes: list[str]) -> None:
+    """Which probes have no score, run by run: that they are not in the table must not look like an oversight."""
+    for name, scores in found.items():
+        known = {one.task for one in scores}
+        if missing := [one for one in probes if one not in known]:
+            why = "its tokeniser cannot write them, or its context is too short"
+            say((f"{name}: nothing left of {', '.join(missing)}: {why}", "yellow"))
 
 
 def _scores(loaded: Loaded, asked: Asked) -> list[Score]:

@@ -258,12 +258,12 @@ class Hub:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if not _passing(error) and among(missing.DatasetsError, UnicodeDecodeError):
             return DataError(f"{self._called} at commit {self._commit[:12]} could not be read ({reason})")
-        if self._begun and among(OSError, *_network()):
+        if self._begun and among(OSError, *network_errors()):
             return IOFailure(
                 f"{constants.ENDPOINT} stopped giving {self.dataset} ({reason}); "
                 "what was prepared is kept, and the same command goes on from there"
             )
-        if among(OSError, *_network()):
+        if among(OSError, *network_errors()):
             return IOFailure(f"{self.dataset} could not be had from {constants.ENDPOINT} ({reason}); {ELSEWHERE}")
         return None
 
@@ -303,7 +303,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _network() -> tuple[type[BaseException], ...]:
+def network_errors() -> tuple[type[BaseException], ...]:
     """The errors of the HTTP library beneath the hub's client, which has changed it twice."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -320,7 +320,7 @@ def _passing(error: BaseException) -> bool:
             return False
         if isinstance(e, HfHubHTTPError):
             return e.response.status_code in (408, 429) or e.response.status_code >= 500
-        if isinstance(e, (*_network(), ConnectionError, TimeoutError)):
+        if isinstance(e, (*network_errors(), ConnectionError, TimeoutError)):
             return True
     return False
 

@@ -34,8 +34,7 @@ class Task:
 
 
 # Tasks, files and shots: DCLM's eval/mmlu_and_lowvar.yaml, its `low_variance_datasets`. Chance: its eval_meta_data_v1.csv, on which
-# nanochat's figures stand; DCLM's later file says 0.403 of commonsense_qa, and 0.25 of agi_eval_lsat_ar and of
-# bigbench_language_identification.
+# nanochat's figures stand. DCLM's later file says 0.403 of commonsense_qa, and of agi_eval_lsat_ar and language identification 0.25.
 TASKS = (
     Task("hellaswag_zeroshot", "hellaswag.jsonl", "choice", 0, 0.25),
     Task("jeopardy", "jeopardy_all.jsonl", "words", 10, 0.0, ANSWER),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptlab.config.errors import ConfigError, DataError, IOFailure
+from gptlab.data.hub import network_errors
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.evaluate.results import Score
 from gptlab.generate.sampling import Sampling
@@ -149,15 +150,16 @@ def benchmarks(
         if task not in known.all_tasks:
             near = difflib.get_close_matches(task, known.all_tasks, n=3)
             raise ConfigError(f"--tasks {task} is no task of the harness" + (f"; near it are {', '.join(near)}" if near else ""))
+    unreachable: tuple[type[BaseException], ...] = (OSError, *network_errors())
     try:
         made = evaluator.simple_evaluate(
             model=HarnessModel(model, tokenizer), tasks=list(tasks), task_manager=known, num_fewshot=shots, limit=limit or None,
             log_samples=False, bootstrap_iters=1000,
         )  # fmt: skip
-    except (ConnectionError, OSError) as error:
+    except unreachable as error:
         raise IOFailure(
             f"--tasks {','.join(tasks)}: the data could not be had ({' '.join(str(error).split())[:150]}); "
-            "a task over files of your own, in --task-folder, needs no network"
+            "a task over files of your own (dataset_path: json, dataset_kwargs: {data_files: …}), in --task-folder, needs no network"
         ) from error
     except (KeyError, importlib.import_module("jinja2").UndefinedError) as error:
         raise DataError(f"--tasks {','.join(tasks)}: the data lack a field that the task asks for ({error})") from error

@@ -76,9 +76,9 @@ def test_every_task_is_asked_as_it_is_meant(bundle: Path, right: bool, monkeypat
     with_shots = [text for text in whole if text.count(ANSWER) == 11 and text.endswith("worse yet")]
     assert with_shots, "ten examples, each with its right answer, and the question"
     assert all(text.count(f"{ANSWER}good\n\n") == 10 and text.startswith("Q") for text in with_shots)
-    assert {continuation for context, continuation in asked if context.startswith("the ")} == {" it is so"} or any(
-        continuation.endswith("it is so") for _, continuation in asked
-    )
+    schema = [continuation for context, continuation in asked if context.startswith(("the goo", "the ba"))]
+    assert schema
+    assert all(continuation.endswith(" it is so") for continuation in schema), "what comes after either context is the same"
 
 
 def test_the_mean_of_an_answers_tokens_decides(bundle: Path) -> None:
@@ -86,14 +86,19 @@ def test_the_mean_of_an_answers_tokens_decides(bundle: Path) -> None:
     task = next(task for task in TASKS if task.name == "copa")
     rows = [row("choice", i) for i in range(12)]
     harness = HarnessModel(made, by_byte)
-    for i in range(4):
-        means = []
+    by_sum = []
+    for i in range(12):
+        likely = []
         for choice in rows[i]["choices"]:
             ids = torch.tensor([[256, *by_byte.encode(f"Q{i} {choice}").tolist()]])
             with torch.inference_mode():
                 told = made(ids[:, :-1]).log_softmax(-1)[0].gather(-1, ids[0, 1:, None])[:, 0]
-            means.append(float(told[-len(choice) :].mean()))
-        assert core_module._right(task, rows, i, harness) == (means.index(max(means)) == 1)
+            likely.append(told[-len(choice) :])
+        means, sums = [float(one.mean()) for one in likely], [float(one.sum()) for one in likely]
+        rows[i]["gold"] = means.index(max(means))
+        assert core_module._right(task, rows, i, harness)
+        by_sum.append(sums.index(max(sums)) == rows[i]["gold"])
+    assert not all(by_sum), "a longer answer is not held against itself"
 
 
 def test_what_is_missing_is_told(bundle: Path) -> None:

@@ -23,6 +23,8 @@ from gptlab.interop.shapes import imported  # noqa: E402
 from gptlab.interop.tokenizers import tokenizer_json  # noqa: E402
 from gptlab.model.transformer import Transformer  # noqa: E402
 from gptlab.runner.run import Run  # noqa: E402
+from tests.data.conftest import hub as hub  # noqa: E402 (the fixture)
+from tests.stand_ins.hub_server import Server  # noqa: E402
 
 load_components()
 CONTEXT = 32
@@ -151,6 +153,67 @@ def test_the_command_shows_and_keeps_them(finished_run: Run, tasks: Path, gptlab
     ):
         refused = gptlab("evaluate", finished_run.identity, *more)
         assert (refused.code, said in refused.err) == (code, True), refused.err
+
+
+HELLASWAG = """
+task: swag
+dataset_path: Rowan/hellaswag
+training_split: train
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{activity_label}}: {{ctx_a}} {{ctx_b.capitalize()}}"
+doc_to_target: "{{label}}"
+doc_to_choice: endings
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+HEADER = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: train.jsonl}
+  - {split: validation, path: validation.jsonl}
+---
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_the_hub_is_fetched_and_scored(both: tuple[Transformer, Tokenizer, Any], hub: Server, tmp_path: Path) -> None:
+    ours, tokenizer, _ = both
+    rows = [
+        {
+            "activity_label": f"Number {i}",
+            "ctx_a": "The king",
+            "ctx_b": "he",
+            "endings": ["reads", "sings", "waits", "goes"],
+            "label": str(i % 4),
+        }
+        for i in range(8)
+    ]
+    folder, tasks = tmp_path / "repository", tmp_path / "swag"
+    folder.mkdir()
+    tasks.mkdir()
+    (folder / "README.md").write_text(HEADER)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "swag.yaml").write_text(HELLASWAG)
+    hub.publish("Rowan/hellaswag", folder)
+    found = {score.metric: score for score in benchmarks(ours, tokenizer, ["swag"], folder=tasks, shots=2)}
+    assert any(request.path.endswith("validation.jsonl") for request in hub.data_requests())
+    assert (found["acc"].examples, found["acc"].shots) == (8, 2)
+    plain = {score.metric: score for score in benchmarks(ours, tokenizer, ["swag"], folder=tasks)}
+    mine = HarnessModel(ours, tokenizer)
+    right = 0
+    for row in rows:
+        asked = [(f"{row['activity_label']}: The king He", f" {ending}") for ending in row["endings"]]
+        likely = [value for value, _ in mine.loglikelihood(requests(*asked), disable_tqdm=True)]
+        right += likely.index(max(likely)) == int(str(row["label"]))
+    assert plain["acc"].value == right / 8
+    hub.switch_off()
+    (tasks / "swag.yaml").write_text(HELLASWAG.replace("Rowan/hellaswag", "Rowan/other"))
+    with pytest.raises(IOFailure, match=r"--tasks swag: the data could not be had .*data_files.*in --task-folder, needs no network"):
+        benchmarks(ours, tokenizer, ["swag"], folder=tasks)
 
 
 @pytest.mark.slow

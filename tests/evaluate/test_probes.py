@@ -166,6 +166,9 @@ def test_the_command_shows_and_keeps_them(corpus_file: Path, gptlab: Callable[..
     assert shown.code == 0, shown.err
     assert "english/agreement" in shown.out
     assert "± a standard error" in shown.out
+    assert "nothing left of" not in shown.out
+    far = gptlab("evaluate", run.identity, "--probes", "copying", "--limit", "2")
+    assert "nothing left of copying/16, copying/32, copying/64, copying/128: " in " ".join(far.out.split()), "its context is 16"
     told = json.loads(gptlab("evaluate", run.identity, "--probes", "all", "--limit", "3", "--json").out)
     (scores,) = told.values()
     assert {score["task"] for score in scores} >= {"english", "german", "facts/german", "addition/3", "copying/4", "recall/english"}
