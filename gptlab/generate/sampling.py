@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -50,7 +51,7 @@ class Sampling:
                 raise ConfigError(f"{prefix}{shown} {getattr(self, name)} must be {rule}")
         return self
 
-    @property
+    @cached_property  # asked for with every token of every row
     def shape(self) -> Sampling:
         """What decides the distribution, without what is each request's own."""
         return replace(self, max_tokens=1, seed=0, stop=())

@@ -105,6 +105,7 @@ class GRPO(Objective):
         self._reference: Transformer | None = None
         self._kept: Batch | None = None  # the samples of now, where they are used more than once
         self._used = 0  # updates that were made of them
+        self._told: dict[str, float] = {}  # what there is to tell of them
 
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
         """The sum over the completions' tokens of what is minimised; beside it what parts of the model add to a loss."""
@@ -169,6 +170,8 @@ class GRPO(Objective):
         if self._kept is None or self._used >= self.updates:
             self._kept, self._used = self._rolled_out(training), 0
         self._used += 1
+        for name, value in self._told.items():
+            record(name, value)
         return self._kept
 
     def tensors(self) -> dict[str, Tensor]:
@@ -176,11 +179,13 @@ class GRPO(Objective):
             return {}
         batch = self._kept
         rows = {"inputs": batch.inputs, "targets": batch.targets, "weight": batch.weight, "document": batch.document, **batch.extra}
-        return {"used": torch.tensor(self._used)} | {name: t.contiguous() for name, t in rows.items() if t is not None}
+        state = {"used": torch.tensor(self._used), "told": torch.tensor(list(self._told.values()), dtype=torch.float64)}
+        return state | {name: t.contiguous() for name, t in rows.items() if t is not None}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         self._kept, self._used = None, int(tensors.get("used", torch.tensor(0)))
         if tensors:
+            self._told = dict(zip(self._told_names(), tensors["told"].tolist(), strict=True))
             extra = {name: tensors[name] for name in EXTRA if name in tensors}
             self._kept = Batch(tensors["inputs"], tensors["targets"], tensors["weight"], tensors.get("document"), extra)
 
@@ -236,18 +241,20 @@ class GRPO(Objective):
         return whole, parts
 
     def _tell(self, training: Training, rollouts: Sequence[Rollout], groups: Float[Tensor, "p g"], parts: dict[str, list[float]]) -> None:
-        mean: dict[str, float] = {
-            "train/reward": float(groups.mean()),
-            "train/reward_std": float(groups.std(1, correction=0).mean()),
-            "train/flat_groups": float(flat_groups(groups).double().mean()),
-            "train/completion_tokens": sum(len(r.completion) for r in rollouts) / len(rollouts),
-            "train/ended": sum(r.sample.ended for r in rollouts) / len(rollouts),
-        }
-        if len(parts) > 1:
-            mean |= {f"train/reward/{name}": sum(values) / len(values) for name, values in parts.items()}
-        told = training.world.gather(*mean.values())
-        for i, name in enumerate(mean):
-            record(name, sum(rank[i] for rank in told) / len(told))
+        values = [
+            float(groups.mean()),
+            float(groups.std(1, correction=0).mean()),
+            float(flat_groups(groups).double().mean()),
+            sum(len(r.completion) for r in rollouts) / len(rollouts),
+            sum(r.sample.ended for r in rollouts) / len(rollouts),
+            *(sum(each) / len(each) for each in parts.values() if len(parts) > 1),
+        ]
+        ranks = training.world.gather(*values)
+        self._told = dict(zip(self._told_names(), (sum(each) / len(each) for each in zip(*ranks, strict=True)), strict=True))
+
+    def _told_names(self) -> list[str]:
+        names = ["reward", "reward_std", "flat_groups", "completion_tokens", "ended"]
+        return [f"train/{name}" for name in (*names, *(f"reward/{name}" for name in self.rewards if len(self.rewards) > 1))]
 
     @torch.no_grad()
     def _likelihoods(self, training: Training, model: Transformer, batch: Batch) -> Float[Tensor, "b t"]:

@@ -18,7 +18,7 @@ from gptlab.study.verdict import EFFECT, Verdict, judge
 from gptlab.study.votes import Tally, tally
 
 SAME_WEIGHTS = 0.995  # the share of initial weights from which two arms begin alike
-METRIC, ACCURACY, PER_BYTE = "val/loss", "val/accuracy", "val/bits_per_byte"
+METRIC, ACCURACY, SOLVED, PER_BYTE = "val/loss", "val/accuracy", "val/solved", "val/bits_per_byte"
 
 
 @dataclass

@@ -15,7 +15,7 @@ from rich.text import Text
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 from gptlab.study import scores, votes
-from gptlab.study.compare import ACCURACY, METRIC, PER_BYTE, Arm, Comparison, Row, collect, tokenizers
+from gptlab.study.compare import ACCURACY, METRIC, PER_BYTE, SOLVED, Arm, Comparison, Row, collect, tokenizers
 from gptlab.study.statistics import Interval
 from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import curve
@@ -23,6 +23,7 @@ from gptlab.tracker.jsonl import curve
 HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "verdict", "parameters", "tokens/s")
 _WORDS = {"better": "better", "worse": "worse", "same": "no difference", "undecided": "undecided", "none": "none"}
 _COLOURS_OF = {"better": "green", "worse": "red", "same": "cyan"}
+SHARES = (SOLVED, ACCURACY)  # of what is right: of whole answers, of scored tokens; the table has a column for the first that is there
 LONGEST_NAME = 34  # of a metric, in a narrow terminal
 
 
@@ -34,7 +35,7 @@ def headers(comparison: Comparison) -> tuple[str, ...]:
         lengths.append("tokens")
     if lengths:
         lengths.append("seconds")
-    last = ACCURACY if any(ACCURACY in row.extra for row in rows) else HEADERS[-1]
+    last = next((share for share in SHARES if any(share in row.extra for row in rows)), HEADERS[-1])
     middle: tuple[str, ...] = HEADERS[2:-1] if not lengths or len({row.parameters for row in rows}) > 1 else HEADERS[2:-2]
     middle = tuple(h for h in middle if h != "verdict" or len(rows) > 1)
     return (*HEADERS[:2], *lengths, *middle, last)  # of one model the parameters would only take the arms' names their place
@@ -53,7 +54,7 @@ def cells(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     )
     found = dict(zip(HEADERS, values, strict=True))
     found |= {"steps": f"{row.steps:,.0f}", "tokens": f"{row.tokens:,.0f}", "seconds": f"{row.seconds:,.1f}"}
-    found[ACCURACY] = f"{row.extra[ACCURACY]:.1%}" if ACCURACY in row.extra else ""
+    found |= {share: f"{row.extra[share]:.1%}" if share in row.extra else "" for share in SHARES}
     return tuple(found[column] for column in columns)
 
 
@@ -95,7 +96,7 @@ def table(comparison: Comparison) -> Table:
 
 def extras(comparison: Comparison) -> Table | None:
     """What else was measured at the end (further validation sets, kernels), a row a metric; None if nothing was."""
-    names = sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY})
+    names = sorted({name for row in comparison.rows for name in row.extra} - set(SHARES))
     if not names:
         return None
     title = "also measured, mean of the seeds"
@@ -171,7 +172,7 @@ def markdown(comparison: Comparison) -> str:
     lines = [" | ".join(("", *names, "")).strip(), "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
     lines += [" | ".join(("", *cells(row, columns), "")).strip() for row in comparison.rows]
     notes = remarks(comparison)
-    for name in sorted({name for row in comparison.rows for name in row.extra} - {ACCURACY}):
+    for name in sorted({name for row in comparison.rows for name in row.extra} - set(SHARES)):
         values = ", ".join(f"{row.label} {row.extra[name]:.4g}" for row in comparison.rows if name in row.extra)
         notes.append(f"{name}: {values}")
     written = "\n".join([*lines, "", *(f"- {n}" for n in notes)]).rstrip() + "\n"
@@ -214,7 +215,8 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None, me
     from matplotlib import pyplot
 
     found = list(arms) if arms is not None else collect(study)[0]
-    metric = ACCURACY if found and all(ACCURACY in s for arm in found for s in arm.summaries.values()) else METRIC
+    summaries = [s for arm in found for s in arm.summaries.values()]
+    metric = next((share for share in SHARES if summaries and all(share in s for s in summaries)), METRIC)
     if metric == METRIC and len(tokenizers(found)) > 1:
         metric = PER_BYTE
     known = {name for arm in found for summary in arm.summaries.values() for name in summary}

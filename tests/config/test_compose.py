@@ -28,6 +28,8 @@ EXPERIMENTS = sorted(f for folder in experiment_dirs() for f in folder.glob("*.y
 def _choose(group: str, name: str) -> list[str]:
     needed = {"text": ["data.corpus.path=x.txt"], "hub": ["data.corpus.dataset=owner/name"], "file": ["data.tokenizer.path=x.json"]}
     extra = needed.get(name, []) if group in ("data", "data/corpus", "data/tokenizer") else []
+    if group == "objective/reward":
+        return ["objective=grpo", f"+objective/reward@objective.rewards.more={name}"]
     extra += ["callbacks.more.curve=nanogpt_shakespeare_cpu"] if (group, name) == ("callback", "reference") else []
     return [f"+callback@callbacks.more={name}" if group == "callback" else f"{group}={name}", *extra]
 
@@ -53,7 +55,7 @@ def test_every_single_swap_composes(found: Any) -> None:
     config = compose(_choose(found.slot.path, found.name))
     part: Any = config
     for name in found.slot.path.split("/"):
-        part = config.callbacks["more"] if name == "callback" else getattr(part, name)
+        part = config.callbacks["more"] if name == "callback" else part.rewards["more"] if name == "reward" else getattr(part, name)
     assert component_of(part) is found
 
 

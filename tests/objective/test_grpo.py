@@ -18,17 +18,20 @@ from gptlab.config.codec import identity
 from gptlab.config.errors import ConfigError, DataError, Stopped
 from gptlab.config.record import Recording
 from gptlab.config.registry import build, component, register
+from gptlab.config.resolve import resolve
 from gptlab.data.loader import Batch
 from gptlab.data.problems import Problem
 from gptlab.data.synthetic import Addition
 from gptlab.data.tokenizer import CharTokenizer
+from gptlab.hardware.device import machine
 from gptlab.model.transformer import Transformer, new_model
 from gptlab.objective.grpo import GRPO
-from gptlab.objective.protocol import Objective
+from gptlab.objective.protocol import Objective, hooked
 from gptlab.objective.reward import Reward, Sample
 from gptlab.objective.rollout import as_batch, roll_out
 from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
+from gptlab.runner.memory import forecast_memory
 from gptlab.runner.run import Run
 from gptlab.runner.trainer import Trainer
 from tests.signals import SignalAt
@@ -375,3 +378,20 @@ def test_a_group_of_one_on_sharded_weights_is_refused() -> None:
     Told.world = type("World", (), {"size": 2})()  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"objective=grpo writes with whole weights: hardware/strategy=fsdp has none; use single or ddp"):
         objective.begin(Told())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [(), ("objective.kl=0.1", "objective.updates=2")])
+def test_memory_is_forecast_of_the_rows_that_are_trained_on(more: tuple[str, ...]) -> None:
+    config = resolve(compose(overrides(*more, "hardware.device=cpu")), machine())
+    assert forecast_memory(config, 13, process=0).activations > 0, "a step of it runs without memory"
+    rows = Batch(torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long))
+    shaped = hooked(build(config.objective)).outlined(rows)
+    assert {"old", "reference"} <= shaped.extra.keys() if more else shaped.extra.keys() == {"advantage", "share"}
+
+
+def test_the_callback_measures_what_another_objective_solves() -> None:
+    given = [o for o in overrides(steps=2) if "objective" not in o]
+    run = train(compose([*given, "+callback@callbacks.problems=problems", "callbacks.problems.every=1", "callbacks.problems.count=10"])).run
+    found = {m["step"]: (m["val/solved"], m["val/ended"]) for m in run.metrics() if "val/solved" in m}
+    assert list(found) == [1, 2]
+    assert all(0 <= solved <= ended == 1 for solved, ended in found.values())

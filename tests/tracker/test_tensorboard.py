@@ -10,6 +10,8 @@ import pytest
 from gptlab import compose, train
 from gptlab.config.errors import ConfigError, Stopped
 from gptlab.runner.run import Run, all_runs
+from gptlab.tracker.protocol import RunInfo
+from gptlab.tracker.tensorboard import TensorBoard
 from tests.faulty import faults
 from tests.tiny import tiny
 
@@ -46,6 +48,19 @@ def test_histograms_are_there_at_their_steps(corpus_file: Path) -> None:
     assert gradients
     assert [h.step for h in events.Histograms(gradients[0])] == [3, 6]
     assert events.Histograms(gradients[0])[0].histogram_value.num > 0
+
+
+def test_a_table_is_there_as_text(corpus_file: Path) -> None:
+    tracker = TensorBoard()
+    folder = corpus_file.parent / "tabled"
+    tracker.start(RunInfo("x", "study", "name", folder, {}, -1))
+    tracker.table(7, "rollouts", ["prompt", "reward"], [["1|2\n", 0.5], ["=", 1]])
+    tracker.finish({}, 0)
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("rollouts/text_summary")
+    assert event.step == 7
+    assert event.tensor_proto.string_val[0].decode() == "| prompt | reward |\n| --- | --- |\n| 1\\|2\\n | 0.5 |\n| = | 1 |"
 
 
 def test_a_resumed_run_goes_on_in_the_same_curves(corpus_file: Path) -> None:

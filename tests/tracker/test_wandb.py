@@ -91,6 +91,17 @@ def test_config_group_name_history_and_summary_arrive(corpus_file: Path, online:
     assert "0" * 40 not in environment
 
 
+def test_rollouts_arrive_in_one_table_at_the_end(online: Server) -> None:
+    overrides = [
+        "data=addition", "data.corpus.digits=1", "objective=grpo", "objective.group=2", "objective.checked=2", "objective.shown=1",
+        "model.width=8", "model.depth=1", "model.heads=1", "model.context_length=5", "trainer.batch_tokens=20", "trainer.budget=3steps",
+        "data.validation_tokens=5", "study=rolled", "tracker=wandb",
+    ]  # fmt: skip
+    outcome = train(compose(overrides))
+    tables = [h["rollouts"] for h in online.runs[f"rolled-{outcome.run.identity}"].history if "rollouts" in h]
+    assert [(t["nrows"], t["ncols"]) for t in tables] == [(3 * 4, 8)]
+
+
 def test_arms_samples_histograms_and_the_last_checkpoint_arrive(corpus_file: Path, online: Server) -> None:
     overrides = ["study=shown", "arm='rmsnorm wide'", "seed=3", "tracker=wandb", "tracker.checkpoints=true", "callbacks.samples.every=6"]
     outcome = train(compose(tiny(corpus_file, *overrides, "+callback@callbacks.histograms=histograms", "callbacks.histograms.every=5")))
