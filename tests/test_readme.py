@@ -76,6 +76,9 @@ FEW = {"data.validation_tokens": "2048", "callbacks.samples.tokens": "8"}  # the
 def shortened(command: str, sample: Path) -> list[str]:
     """A command on our sample, with a shorter run where it would take minutes."""
     words = shlex.split(command.replace("FILE", str(sample)))
+    words = [word.replace("CHATS", str(sample.with_name("chats.jsonl"))) for word in words]
+    if "experiment=chatbot" in words:
+        words += ["trainer.budget=2steps", "model.width=24", "model.context_length=128", "trainer.batch_tokens=2048", "model.depth=1"]
     if words == ["gptlab", "train"] or ("data=fineweb_edu" in words and "train" in words):
         words.append("trainer.budget=20steps")
     if ("train" in words or "ablate" in words) and "bench" not in words and "--help" not in words:
@@ -131,6 +134,8 @@ def at_home(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     text = ROOT.parent / "shared" / "data" / "text" / "tinyshakespeare.txt"
     sample = tmp_path / "own.txt"
     sample.write_bytes(text.read_bytes() if text.is_file() else (README * 40).encode())
+    chats = [{"prompt": f"What is {i} plus 1?", "completion": f"{i} plus 1 is {i + 1}."} for i in range(200)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
     (tmp_path / "my_norms.py").write_text(re.search(r"<!-- plugin: my_norms.py -->\n```python\n(.*?)```", README, re.DOTALL)[1])  # type: ignore[index]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return sample, {**os.environ, "PATH": path, "GPTLAB_RUNS": str(tmp_path / "runs")}

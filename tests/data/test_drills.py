@@ -35,7 +35,7 @@ def test_every_answer_is_right(language: str) -> None:
     words = WORDS[language].split()
 
     def word_of(question: str) -> str:
-        return next(w for w in re.findall(r"\w+", question) if w in words)
+        return [w for w in re.findall(r"\w+", question) if w in words][-1]  # "letter" stands in questions, too
 
     for asked, answer in turns("add", language):
         assert numbers(answer)[-1] == sum(numbers(asked))
