@@ -105,6 +105,7 @@ class GRPO(Objective):
         self._reference: Transformer | None = None
         self._kept: Batch | None = None  # the samples of now, where they are used more than once
         self._used = 0  # updates that were made of them
+        self._alone = True  # each of several ranks has samples of its own, which no checkpoint keeps: a resume makes new ones
         self._told: dict[str, float] = {}  # what there is to tell of them
 
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
@@ -149,6 +150,7 @@ class GRPO(Objective):
 
     def begin(self, training: Training) -> None:
         config, size = training.config, training.world.size
+        self._alone = size == 1
         strategy = component_of(config.hardware.strategy).name
         if getattr(component_of(config.hardware.strategy).factory, "sharded", False):
             raise ConfigError(f"objective=grpo writes with whole weights: hardware/strategy={strategy} has none; use single or ddp")
@@ -175,7 +177,7 @@ class GRPO(Objective):
         return self._kept
 
     def tensors(self) -> dict[str, Tensor]:
-        if self._kept is None or self._used >= self.updates:
+        if self._kept is None or self._used >= self.updates or not self._alone:
             return {}
         batch = self._kept
         rows = {"inputs": batch.inputs, "targets": batch.targets, "weight": batch.weight, "document": batch.document, **batch.extra}
