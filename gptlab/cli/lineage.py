@@ -47,7 +47,7 @@ def lineage(reference: str, *, price: float, as_json: bool) -> None:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = ["stage", "run", "began with", "objective", "data", "steps", "tokens", "time", *(["cost"] if price else []), "val/loss"]
     for name in columns:
-        shown.add_column(name, justify="left" if name in columns[:5] else "right", no_wrap=name in ("run", "tokens"))
+        shown.add_column(name, justify="left" if name in columns[:5] else "right", no_wrap=name in ("run", "tokens", "began with"))
     for stage in stages:
         if stage.missing:
             shown.add_row(stage.name, stage.run, "it is gone")

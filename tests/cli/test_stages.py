@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from gptlab import compose
+from gptlab import compose, train
 from gptlab.cli.lineage import chain, lineage
 from gptlab.cli.train import ExitWith
 from gptlab.cli.train import train as command
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import references_as_text
 from gptlab.runner.run import find_run, remove_run
+from tests.tiny import tiny
 
-SMALL = "model.width=16 model.heads=2 model.depth=1 model.context_length=64 trainer.batch_tokens=256"
+SMALL = "model.width=16 model.heads=2 model.depth=1 model.context_length=192 trainer.batch_tokens=384"
 STAGES = {
     "text": f"data/corpus=text data/tokenizer=byte {SMALL}",
-    "chats": "data=drills data.corpus.chats=80 objective=sft trainer.batch_tokens=256",
-    "preferences": "data=drills_preferences data.corpus.chats=80 objective=dpo trainer.batch_tokens=256 data.corpus.skills=[larger,add]",
+    "chats": "data=drills data.corpus.chats=80 objective=sft trainer.batch_tokens=384",
+    "preferences": "data=drills_preferences data.corpus.chats=80 objective=dpo trainer.batch_tokens=384 data.corpus.skills=[upper]",
 }
 
 
@@ -43,7 +44,7 @@ def test_each_stage_begins_with_the_one_before_it(corpus_file: Path, capsys: pyt
     assert [stage.name for stage in stages] == list(STAGES)
     assert [stage.objective for stage in stages] == ["lm", "sft", "dpo"]
     assert [stage.began for stage in stages] == ["nothing", "text@2", "chats@2"]
-    assert all(stage.tokens == 512 and stage.seconds > 0 and stage.loss for stage in stages)
+    assert all(stage.tokens == 768 and stage.seconds > 0 and stage.loss for stage in stages)
     lineage(runs[-1].identity, price=3600.0, as_json=True)
     assert [one["run"] for one in json.loads(capsys.readouterr().out)] == [run.identity for run in runs]
     lineage(runs[-1].identity, price=3600.0, as_json=False)
@@ -73,8 +74,10 @@ def test_what_stages_cannot_be_is_refused() -> None:
         lineage("latest", price=-1, as_json=False)
 
 
-def test_a_run_whose_name_looks_like_a_number_is_a_run() -> None:
+def test_a_run_whose_name_looks_like_a_number_is_a_run(corpus_file: Path) -> None:
     given = ["trainer.init_from=13e0957672", "+trainer.start=1234567890", "trainer.init_from=13e0957672@12", "seed=3"]
     assert references_as_text(given) == ["trainer.init_from='13e0957672'", "+trainer.start='1234567890'", *given[2:]]
-    with pytest.raises(ConfigError, match="13e0957672"):
+    config = compose([*tiny(corpus_file), "study=numbers"])
+    train(config)
+    with pytest.raises(ConfigError, match="no run matches '13e0957672'"):
         compose(["trainer.init_from=13e0957672"])

@@ -24,7 +24,8 @@ RECIPES = sorted(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_survives_the_round_trip(recipe: str, composed: Callable[..., Config]) -> None:
     group, _, name = recipe.rpartition("/")
-    needed = {"data/text": ["data.corpus.path=x.txt"], "data/hub": ["data.corpus.dataset=owner/name"]}
+    needed = {f"data/{name}": ["data.corpus.path=x.txt"] for name in ("text", "chat", "preferences")}
+    needed["data/hub"] = ["data.corpus.dataset=owner/name"]
     place = f"+{group}@callbacks.mine" if group == "callback" else group
     config = composed(f"{place}={name}", *needed.get(recipe, []))
     written = json.dumps(codec.to_json(config))

@@ -26,8 +26,11 @@ EXPERIMENTS = sorted(f for folder in experiment_dirs() for f in folder.glob("*.y
 
 
 def _choose(group: str, name: str) -> list[str]:
-    needed = {"text": ["data.corpus.path=x.txt"], "hub": ["data.corpus.dataset=owner/name"], "file": ["data.tokenizer.path=x.json"]}
-    extra = needed.get(name, []) if group in ("data", "data/corpus", "data/tokenizer") else []
+    files = {name: ["data.corpus.path=x.txt"] for name in ("text", "chat", "preferences")}
+    sets = {name: ["data.corpus.dataset=owner/name"] for name in ("hub", "chat_hub")}
+    corpora = {**files, **sets}
+    needed = {"data": corpora, "data/corpus": corpora, "data/tokenizer": {"file": ["data.tokenizer.path=x.json"]}}
+    extra = list(needed.get(group, {}).get(name, []))
     if group == "objective/reward":
         return ["objective=grpo", f"+objective/reward@objective.rewards.more={name}"]
     extra += ["callbacks.more.curve=nanogpt_shakespeare_cpu"] if (group, name) == ("callback", "reference") else []
@@ -156,7 +159,10 @@ def test_a_plus_does_not_slip_an_unknown_key_in(override: str) -> None:
 
 def test_what_has_no_default_is_only_the_users_own() -> None:
     bare = [c for c in components() if not all(has_default(c.options, f) for f in c.options.__dataclass_fields__)]
-    assert {f"{c.slot.path}={c.name}" for c in bare} == {"data/corpus=text", "data/corpus=hub", "data/tokenizer=file", "callback=reference"}
+    assert {f"{c.slot.path}={c.name}" for c in bare} == {
+        "data/corpus=text", "data/corpus=hub", "data/corpus=chat", "data/corpus=preferences", "data/corpus=chat_hub",
+        "data/tokenizer=file", "callback=reference",
+    }  # fmt: skip
 
 
 def test_a_run_is_named_after_what_sets_it_apart() -> None:
