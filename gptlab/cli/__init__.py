@@ -13,6 +13,7 @@ from gptlab.cli.arguments import CheckpointOption, JsonOption, OverridesArgument
 from gptlab.cli.commands import bench_app, chat, data_app, serve
 from gptlab.cli.exchange import evaluate_runs, export_model, import_model
 from gptlab.cli.inspecting import inspect_model
+from gptlab.cli.runs_commands import runs_app
 from gptlab.config.errors import GptlabError
 
 app = typer.Typer(
@@ -22,7 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-runs_app = typer.Typer(help="List, show, compare, check, fetch and delete runs.", no_args_is_help=True)
 components_app = typer.Typer(help="List the components; check one of your own.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
@@ -289,81 +289,6 @@ def components_check(file: Annotated[Path, typer.Argument(help="A Python file th
     from gptlab.cli.show import check
 
     raise typer.Exit(check(file))
-
-
-@runs_app.command("list")
-def runs_list(study: Annotated[str | None, typer.Argument(help="This study alone.")] = None) -> None:
-    """List runs: state, progress, held-out loss."""
-    from gptlab.cli.runs import list_runs
-
-    list_runs(study)
-
-
-@runs_app.command("show")
-def runs_show(run: RunArgument) -> None:
-    """Show a run: its config, where and how it was made, and its last metrics."""
-    from gptlab.cli.runs import show_run
-
-    show_run(run)
-
-
-@runs_app.command("rm")
-def runs_rm(run: RunArgument, yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False) -> None:
-    """Delete a run."""
-    from gptlab.cli.runs import remove
-
-    remove(run, yes=yes)
-
-
-@runs_app.command("gc")
-def runs_gc(
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Of runs that are done, all but the newest and the best one.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Delete what is of no use: half-made checkpoints, and runs that failed or were left before their first."""
-    from gptlab.cli.runs_gc import collect_garbage
-
-    collect_garbage(checkpoints=checkpoints, yes=yes)
-
-
-@runs_app.command("diff")
-def runs_diff(run: RunArgument, other: RunArgument, as_json: JsonOption = False) -> None:
-    """Show in what two runs differ: settings, circumstances, last metrics."""
-    from gptlab.cli.runs_diff import diff
-
-    diff(run, other, as_json=as_json)
-
-
-@runs_app.command("lineage")
-def runs_lineage(
-    run: RunArgument,
-    price: Annotated[float, typer.Option("--price", help="Dollars an hour of the machine, for the cost.")] = 0.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the runs that a run's weights came through: data, tokens, time and cost of each."""
-    from gptlab.cli.lineage import lineage
-
-    lineage(run, price=price, as_json=as_json)
-
-
-@runs_app.command("verify")
-def runs_verify(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Check every hash of a run's checkpoints, and its other files."""
-    from gptlab.cli.runs import verify
-
-    verify(run, as_json=as_json)
-
-
-@runs_app.command("fetch")
-def runs_fetch(
-    url: Annotated[str, typer.Argument(metavar="URL", help="trainer.mirror; of several runs there, URL/STUDY/FOLDER.")],
-    all_checkpoints: Annotated[bool, typer.Option("--all-checkpoints", help="Every checkpoint; without it the newest alone.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a run that is here already.")] = False,
-) -> None:
-    """Bring a run back from its mirror; its own command resumes it."""
-    from gptlab.cli.runs import fetch
-
-    fetch(url, all_checkpoints=all_checkpoints, force=force)
 
 
 app.command("import")(import_model)
