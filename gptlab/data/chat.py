@@ -16,7 +16,7 @@ NAMES_OF_SIDES = {
     "human": "user", "prompter": "user", "gpt": ANSWERS, "model": ANSWERS, "chatbot": ANSWERS, "function_call": ANSWERS,
     "observation": "tool", "function_response": "tool", "function": "tool", "ipython": "tool", "developer": "system",
 }  # fmt: skip
-PLAIN = {"system": "", "user": "User: ", "tool": "Tool: ", ANSWERS: "Assistant: "}
+PLAIN = {"system": "", "user": "User:\n", "tool": "Tool:\n", ANSWERS: "Assistant:\n"}  # no space behind: a word brings its own
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
     def words() -> ChatFormat:
         opening = {role: plain(word) for role, word in PLAIN.items()}
         end = {role: tuple(end_of_text) if role == ANSWERS else plain("\n") for role in ROLES}
-        return ChatFormat("plain", begin, opening, end, (), end_of_text)
+        return ChatFormat("plain", begin, opening, end, (), end_of_text, trims=True)
 
     known = {
         "gptlab": (own, all(f"<|{role}_{side}|>" in special for role in ROLES[:3] for side in ("start", "end"))),

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from gptlab.config.errors import ConfigError, IOFailure
 from gptlab.config.registry import component_of
+from gptlab.interop.chat_template import template_of
 from gptlab.interop.huggingface import CHAT_TEMPLATE, settings_of, shape_for, write_json
 from gptlab.interop.shapes import exported
 from gptlab.interop.tokenizers import tokenizer_json
@@ -112,6 +113,8 @@ def _write_folder(loaded: Loaded, folder: Path, dtype: str, step: int) -> str:
     template = run.directory / CHAT_TEMPLATE
     if template.is_file():
         shutil.copyfile(template, folder / CHAT_TEMPLATE)
+    elif (made := template_of(tokenizer)) is not None:
+        (folder / CHAT_TEMPLATE).write_text(made, encoding="utf-8")
     (folder / "README.md").write_text(_card(loaded, run, shape.name, step), encoding="utf-8")
     return f"{shape.name}'s shape"
 

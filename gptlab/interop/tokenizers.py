@@ -50,6 +50,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         return content
     if name == "char":
         return _characters(str(state["characters"]))
+    if name == "chat":
+        return _with_more(tokenizer_json(tokenizer.base), tokenizer.added)  # type: ignore[attr-defined]
     tokens, special = token_table(tokenizer)
     if name == "byte":
         pattern = None
@@ -68,6 +70,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     pre = {"type": "Sequence", "pretokenizers": [split, level]} if pattern else level
     return _byte_level(vocabulary, merges, special, pre)
+
+
+def _with_more(content: dict[str, Any], added: Mapping[str, int]) -> dict[str, Any]:
+    """The same tokeniser with special tokens behind its own."""
+    content["model"]["vocab"] = {**content["model"]["vocab"], **added}  # there too, or the library numbers them anew
+    content["added_tokens"] = [*content.get("added_tokens", []), *(_added(token, number) for token, number in added.items())]
+    return content
 
 
 def token_table(tokenizer: Any) -> tuple[dict[int, bytes], dict[str, int]]:

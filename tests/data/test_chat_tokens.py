@@ -65,7 +65,7 @@ def test_plain_words_stand_around_the_messages() -> None:
     made = chat(base="byte", template="plain")
     told = render(TALK[:3], made, answer=False)
     spelt = "".join("⏹" if i == 256 else chr(i) for i in told.tokens)
-    assert spelt == "Be brief.\nUser: Hi\nAssistant: Hello⏹"
+    assert spelt == "Be brief.\nUser:\nHi\nAssistant:\nHello⏹"
     own = [i for i, written in zip(told.tokens, told.written, strict=True) if written]
     assert own == [*b"Hello", 256]
     found = chat_format(made)
