@@ -127,20 +127,29 @@ class ChatWork:
 
 
 class ChatProblems:
-    """Chats as problems: all but the last message is the prompt, and that is the right answer. Held out as their corpus holds them out."""
+    """Chats as problems: all but the last message is the prompt, and that is the right answer. Held out as their corpus holds them out.
 
-    def __init__(self, corpus: ChatCorpus, share: float) -> None:
+    One whose prompt and answer together are longer than the `context` is passed over.
+    """
+
+    def __init__(self, corpus: ChatCorpus, share: float, tokenizer: Tokenizer, context: int) -> None:
         self.name, self.corpus, self.share = corpus.name, corpus, share
+        self.tokenizer, self.context, self.format = tokenizer, context, format_of(tokenizer)
         self._sides: dict[bool, list[Example]] = {}
 
     def _side(self, held_out: bool) -> list[Example]:
         if held_out not in self._sides:
             own = self.corpus.validates
             found = [one for one in self.corpus.found(validation=own and held_out) if isinstance(one, Example)]
-            self._sides[held_out] = found if own else [one for one in found if _held_out(one, self.share) == held_out]
+            found = found if own else [one for one in found if _held_out(one, self.share) == held_out]
+            self._sides[held_out] = [one for one in found if self._fits(one)]
             if not self._sides[held_out]:
-                raise DataError(f"data/corpus={self.name}: no chat {'is held out' if held_out else 'is left to learn from'}")
+                what = "is held out" if held_out else "is left to learn from"
+                raise DataError(f"data/corpus={self.name}: no chat {what} that fits model.context_length={self.context}, of {len(found):,}")
         return self._sides[held_out]
+
+    def _fits(self, one: Example) -> bool:
+        return len(render(one.messages, self.tokenizer, answer=False, format=self.format).tokens) <= self.context
 
     def problems(self, numbers: Sequence[int], seed: int, *, held_out: bool = False) -> list[Problem]:
         """As `Problems` says: an epoch after the other, each in an order of its own; those that are held out in the corpus's order."""

@@ -48,13 +48,16 @@ class Problems(Protocol):
         """
 
 
-def problems_of(data: Prepared, config: DataConfig) -> Problems:
-    """The problems of prepared data. Raises ConfigError where its corpus has none, naming those that have."""
+def problems_of(data: Prepared, config: DataConfig, context: int) -> Problems:
+    """The problems of prepared data; of chats those whose questions leave room for an answer in a `context`.
+
+    Raises ConfigError where its corpus has none, naming those that have.
+    """
     corpus: Any = build(config.corpus) if data.task is None else data.task
     if data.chat and not data.parts:
         from gptlab.data.chat_prepare import ChatProblems  # which knows problems
 
-        return ChatProblems(corpus, config.validation_fraction)
+        return ChatProblems(corpus, config.validation_fraction, data.tokenizer, context)
     if not isinstance(corpus, Problems):
         known = [c.name for c in components("data/corpus") if callable(getattr(c.factory, "problems", None))]
         raise ConfigError(f"data/corpus={corpus.name} has no problems with answers to be rewarded; {', '.join(known)} have them")

@@ -163,7 +163,7 @@ class GRPO(Objective):
             )
         if self.updates > 1 and config.model.dropout:
             raise ConfigError(f"objective.updates={self.updates} compares likelihoods, which dropout would change: set model.dropout=0")
-        self._source = problems_of(training.data, config.data)
+        self._source = problems_of(training.data, config.data, config.model.context_length)
         self._reference = training.initial() if self.kl else None
         if training.number == 0 and self.checked:
             training.record(self.measure(training))

@@ -28,7 +28,7 @@ class Solved(Callback):
     def on_start(self, trainer: Trainer) -> None:
         if trainer.strategy.sharded:
             raise ConfigError("callback=problems writes with whole weights, which hardware/strategy=fsdp has not; use single or ddp")
-        self._source = problems_of(trainer.data, trainer.config.data)
+        self._source = problems_of(trainer.data, trainer.config.data, trainer.config.model.context_length)
 
     def on_step(self, trainer: Trainer) -> None:
         if self.every and trainer.state.step % self.every == 0:

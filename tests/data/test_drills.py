@@ -90,7 +90,7 @@ def test_a_rejected_answer_is_never_the_right_one() -> None:
 def test_chats_are_problems_whose_held_out_ones_are_never_learned_from() -> None:
     config = compose(["data=drills_sums", "data.corpus.chats=300"]).data
     data = prepare(config)
-    source = problems_of(data, config)
+    source = problems_of(data, config, 512)
     assert isinstance(source, ChatProblems)
     learned = source.problems(range(600), 0)
     held = source.problems(range(20), 0, held_out=True)

@@ -116,10 +116,10 @@ class Quizzes:
 def test_a_corpus_of_text_offers_problems_by_a_method() -> None:
     config = compose(["data=pydocs", "data/tokenizer=byte"])
     own = replace(config.data, corpus=component("data/corpus", "quizzes").options(questions=3))  # type: ignore[arg-type, call-arg]
-    source = problems_of(prepare(own), own)
+    source = problems_of(prepare(own), own, 512)
     assert source.problems([4], 0)[0].text == "user: 1?"
     with pytest.raises(ConfigError, match=r"data/corpus=pydocs has no problems with answers to be rewarded; .*addition.* have them"):
-        problems_of(prepare(own), replace(config.data, corpus=build_options("pydocs")))
+        problems_of(prepare(own), replace(config.data, corpus=build_options("pydocs")), 512)
 
 
 def build_options(name: str) -> Any:

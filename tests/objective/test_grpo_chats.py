@@ -1,0 +1,26 @@
+"""Reinforcement of a chatbot: its chats' questions are the prompts, and the right answer is the last message."""
+
+from __future__ import annotations
+
+import json
+
+from gptlab import compose, train
+
+SMALL = ["model.width=16", "model.heads=2", "model.depth=1", "model.context_length=96", "tracker=none", "callbacks.samples.tokens=2"]
+
+
+def test_a_chatbot_is_rewarded_for_right_answers() -> None:
+    chats = ["data=drills_sums", "data.corpus.chats=200"]
+    base = train(compose([*SMALL, *chats, "objective=sft", "trainer.batch_tokens=768", "trainer.budget=3steps"])).run
+    more = ["objective=grpo", "objective.group=4", "objective.max_tokens=12", "objective.checked=8", "objective.shown=1"]
+    reward = ["+objective/reward@objective.rewards.right=characters"]
+    rest = ["trainer.batch_tokens=768", "trainer.budget=2steps", "tracker=none", f"trainer.init_from={base.identity}@latest"]
+    made = train(compose([*chats, *more, *reward, *rest])).run
+    lines = [m for m in made.metrics() if "train/reward" in m]
+    assert lines
+    assert {"val/solved", "val/reward", "val/ended"} <= made.metrics()[-1].keys()
+    shown = sorted((made.directory / "samples").glob("*.jsonl"))
+    assert shown
+    rollout = json.loads(shown[0].read_text().splitlines()[0])
+    assert "user:" in rollout["prompt"]
+    assert "plus" in rollout["reference"]
