@@ -85,8 +85,8 @@ def test_a_tokeniser_of_another_version_or_size_is_refused() -> None:
         from_json({**data, "version": 2}, "tokenizer.json")
     with pytest.raises(DataError, match=r"tokenizer\.json: 4 tokens written, 3 read back"):
         from_json({**data, "vocabulary": 4}, "tokenizer.json")
-    with pytest.raises(ConfigError, match=r"data/tokenizer=chra is not registered \(did you mean char\?\)"):
-        from_json({**data, "name": "chra"}, "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"data/tokenizer=charr is not registered \(did you mean char\?\)"):
+        from_json({**data, "name": "charr"}, "tokenizer.json")
 
 
 def test_a_vocabulary_that_cannot_be_fetched_says_what_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

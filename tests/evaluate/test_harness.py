@@ -148,7 +148,7 @@ def test_the_command_shows_and_keeps_them(finished_run: Run, tasks: Path, gptlab
     assert kept["kings/acc"]["value"] == told[finished_run.identity if finished_run.identity in told else next(iter(told))][0]["value"]
     for more, code, said in (
         (["--tasks", "helaswag"], 2, "--tasks helaswag is no task of the harness; near it are hellaswag"),
-        (["--limit", "3"], 2, "--limit goes with --tasks and --probes"),
+        (["--limit", "3"], 2, "--limit goes with --tasks, --probes and --chats"),
         (["--tasks", "kings", "--tokens", "5"], 2, "--tasks and --probes go without --text and --tokens"),
     ):
         refused = gptlab("evaluate", finished_run.identity, *more)

@@ -176,7 +176,7 @@ def test_the_command_shows_and_keeps_them(corpus_file: Path, gptlab: Callable[..
     for more, said in (
         (["--probes", "inductoin"], "no such probe"),
         (["--probes", "all", "--text", str(corpus_file)], "--tasks and --probes go without --text"),
-        (["--limit", "3"], "--limit goes with --tasks and --probes"),
+        (["--limit", "3"], "--limit goes with --tasks, --probes and --chats"),
     ):
         refused = gptlab("evaluate", run.identity, *more)
         assert (refused.code, said in refused.err, len(refused.err.strip().splitlines())) == (2, True, 1), refused.err
