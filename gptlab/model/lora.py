@@ -22,10 +22,11 @@ class LowRank(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, width: int, outputs: int, rank: int, alpha: float) -> None:
+    def __init__(self, width: int, outputs: int, rank: int, alpha: float, device: torch.device | None = None) -> None:
         super().__init__()
-        self.down, self.up = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.zeros(outputs, rank))
-        self.register_buffer("scale", torch.tensor(alpha / rank))
+        self.down = nn.Parameter(torch.empty(rank, width, device=device))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.register_buffer("scale", torch.full((), alpha / rank, device=device))
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... o"]:
         narrow = F.linear(x, self.down.to(x.dtype))
@@ -53,11 +54,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
     model.requires_grad_(False)
     for path, module in found:
         outputs, width = module.weight.shape
-        adapter = LowRank(width, outputs, min(rank, width, outputs), alpha)
+        adapter = LowRank(width, outputs, min(rank, width, outputs), alpha, module.weight.device)
         with torch.no_grad():
             noise = torch.rand(adapter.down.shape, generator=drawn_from(seed, f"{path}.adapter.down"))
             adapter.down.copy_((2 * noise - 1) * width**-0.5)
-        module.adapter = adapter.to(module.weight.device)
+        module.adapter = adapter
 
 
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

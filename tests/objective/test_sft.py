@@ -14,13 +14,16 @@ from torch import Tensor
 
 from gptlab import compose, load, train
 from gptlab.config.errors import ConfigError, DataError
+from gptlab.config.resolve import resolve
 from gptlab.data.conversations import Conversations
 from gptlab.data.loader import Batch, batch_of
 from gptlab.data.prepare import prepare
+from gptlab.hardware.device import machine
 from gptlab.model.lora import MARK, add_adapters, merged
 from gptlab.model.transformer import Transformer, new_model
 from gptlab.objective.sft import SFT
 from gptlab.runner.checkpoint import checkpoints, step_of
+from gptlab.runner.memory import forecast_memory
 from gptlab.runner.run import Run
 from tests.data.test_conversations import chats, written
 
@@ -226,3 +229,13 @@ def test_a_batch_without_a_scored_token_is_passed_over(file: Path) -> None:
     lines = [json.loads(line) for line in (made.directory / "passed.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines] == ["none of its tokens is scored"]
     assert all(np.isfinite(m["train/loss"]) for m in made.metrics() if "train/loss" in m)
+
+
+def test_the_memory_of_adapters_and_of_pairs_is_forecast(file: Path) -> None:
+    def total(*more: str) -> int:
+        return forecast_memory(resolve(compose(overrides(file, *more)), machine()), 263).total
+
+    whole = total()
+    assert total("objective.lora_rank=4") > 0
+    assert 0 < total("objective.embeddings=freeze") < whole
+    assert total("objective=dpo", "data/corpus=preferences") > 0
