@@ -88,7 +88,10 @@ class DPO(Adapting):
     @torch.no_grad()
     def _compute(self, training: Training) -> dict[str, Tensor]:
         first, found = training.initial(), {}
-        for split, chats in _sets(training).items():
+        data, config = training.data, training.config
+        context = config.model.context_length
+        train = Conversations(data, "train", context, 0, config.data.too_long)
+        for split, chats in {"train": train, "val": held_out_chats(data, "val", context)}.items():
             sums = torch.zeros(len(chats.starts) // 2, 2)
             for batch in _batches(chats):
                 own = _sums(first, batch, training)
@@ -144,7 +147,8 @@ class DPO(Adapting):
     @torch.no_grad()
     def measure(self, training: Training) -> Metrics:
         """`val/reward_margin`, `val/reward_accuracy`, … and `val/preference_loss`, over the held-out pairs."""
-        chats, limit = _sets(training)["val"], training.config.data.validation_tokens
+        context, limit = training.config.model.context_length, training.config.data.validation_tokens
+        chats = held_out_chats(training.data, "val", context)
         model = training.trained
         was_training = model.training
         model.eval()
@@ -190,13 +194,6 @@ def answer_sums(model: Transformer, batch: Batch) -> Float[Tensor, "b p 2"]:
 def _sums(model: Transformer, batch: Batch, training: Training) -> Tensor:
     with autocast(training.device, training.config.hardware.precision):
         return answer_sums(model, located(batch).to(training.device))
-
-
-def _sets(training: Training) -> dict[str, Conversations]:
-    data, config = training.data, training.config
-    context = config.model.context_length
-    train = Conversations(data, "train", context, 0, config.data.too_long)
-    return {"train": train, "val": held_out_chats(data, "val", context)}
 
 
 def _batches(chats: Conversations, limit: int = 0) -> Iterator[Batch]:

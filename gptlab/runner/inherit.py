@@ -98,15 +98,20 @@ def _model(composed: ModelConfig, theirs: ModelConfig, keys: Sequence[str]) -> M
 
 
 def _parent(reference: str) -> tuple[Run, Path]:
-    """The run of RUN[@STEP], and the checkpoint, whole."""
-    name, mark, which = reference.rpartition("@")
-    parent = find_run(name if mark else which)
+    """The run of RUN[@STEP], and the checkpoint, whole: every hash is checked."""
+    parent, (_, mark, which) = _run_of(reference), reference.rpartition("@")
     return parent, checkpoint.choose(parent.checkpoints, which if mark else "latest")
+
+
+def _run_of(reference: str) -> Run:
+    """The run of RUN[@STEP]."""
+    name, mark, which = reference.rpartition("@")
+    return find_run(name if mark else which)
 
 
 def new_tokens(config: Config, vocabulary: int) -> int:
     """How many of a run's tokens the weights that it begins with do not know."""
-    return max(0, vocabulary - known_tokens(_parent(config.trainer.init_from)[0])) if config.trainer.init_from else 0
+    return max(0, vocabulary - known_tokens(_run_of(config.trainer.init_from))) if config.trainer.init_from else 0
 
 
 def known_tokens(parent: Run) -> int:
