@@ -30,6 +30,7 @@ from gptlab.hardware.device import machine
 from gptlab.runner.load import Loaded, load
 from gptlab.tracker.console import PreparationProgress, console, say
 
+ANSWER_TOKENS = 200  # of --chats
 LONGEST = 24  # letters of a run's name in a table
 HEAD = ("tokens", "loss", "perplexity", "bits/byte", "right", "off by")
 
@@ -54,7 +55,7 @@ def evaluate(
     contamination: bool = False,
     ngram: int = NGRAM,
     chats: Path | None = None,
-    answer_tokens: int = 200,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> None:
     """Print the figures of each run on each of its held-out sets, on `files`, on benchmark `tasks` or on `probes`. Raises ConfigError,
     DataError, CheckpointError or IOFailure."""
@@ -81,14 +82,10 @@ def evaluate(
             precision=precision,
         )
         return
+    if chats is None and answer_tokens != ANSWER_TOKENS:
+        raise ConfigError("--answer-tokens goes with --chats")
     if ngram != NGRAM:
         raise ConfigError("--ngram goes with --contamination")
-    if chats is not None:
-        if files or tokens or tasks or probes:
-            raise ConfigError("--chats goes without --text, --tokens, --tasks and --probes; --limit bounds its questions")
-        opened = _opened(runs, checkpoint, weights, device, precision)
-        show_chats(opened, str(chats), limit=limit, max_tokens=answer_tokens, as_json=as_json)
-        return
     if (tasks or probes) and (files or tokens):
         raise ConfigError("--tasks and --probes go without --text and --tokens; --limit bounds the examples of each")
     if not tasks and (folder is not None or shots is not None):
@@ -97,6 +94,12 @@ def evaluate(
         raise ConfigError("--limit goes with --tasks, --probes and --chats; --tokens bounds a text")
     if limit < 0 or (shots is not None and shots < 0):
         raise ConfigError(f"--limit {limit} and --shots {shots} must be at least 0")
+    if chats is not None:
+        if files or tokens or tasks or probes:
+            raise ConfigError("--chats goes without --text, --tokens, --tasks and --probes; --limit bounds its questions")
+        opened = _opened(runs, checkpoint, weights, device, precision)
+        show_chats(opened, str(chats), limit=limit, max_tokens=answer_tokens, as_json=as_json)
+        return
     if tasks or probes:
         asked = Asked(_listed(tasks), _listed(probes), folder, shots, limit)
         score(_opened(runs, checkpoint, weights, device, precision), asked, precision, as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,7 +22,6 @@ class Fitted:
     lengths: Tokens
     cut: int = 0
     dropped: int = 0
-    told: list[str] = field(default_factory=list)
 
 
 def pack_whole(lengths: Tokens, row: int) -> list[list[int]]:

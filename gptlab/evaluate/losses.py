@@ -16,6 +16,7 @@ from gptlab.data.loader import Batch, held_out_batches
 from gptlab.data.prepared import Prepared
 from gptlab.data.tokenizer import Tokenizer
 from gptlab.hardware.precision import autocast
+from gptlab.model.mask import document_starts
 from gptlab.model.transformer import Transformer
 from gptlab.runner.validation import EVALUATION_LOGITS, EVALUATION_TOKENS
 
@@ -24,8 +25,9 @@ from gptlab.runner.validation import EVALUATION_LOGITS, EVALUATION_TOKENS
 class TokenLosses:
     """(n,) each, of the scored tokens in the order of the text.
 
-    `nats`: -log p of the token; `token`: its id; `place`: how many tokens the model saw before it, from 1; `sure`: p of the likeliest
-    token, and `right` whether that was it; `document`: a number. `bytes`: what all of them stand for.
+    `nats`: -log p of the token; `token`: its id; `place`: how many tokens the model saw before it (of its own document, where it sees no
+    other), from 1; `sure`: p of the likeliest token, and `right` whether that was it; `document`: a number. `bytes`: what all of them
+    stand for.
     """
 
     nats: npt.NDArray[np.float64]
@@ -75,7 +77,7 @@ def of_set(model: Transformer, data: Prepared, name: str, *, limit: int = 0, pre
     """A held-out set of prepared data, in the windows in which training measures it."""
     context = model.config.context_length
     batches = held_out_batches(data, name, context, limit, max(1, EVALUATION_TOKENS // context), documents=model.sees_documents)
-    return _collected(model, data.tokenizer, batches, precision)
+    return _collected(model, data.tokenizer, batches, precision, chats=data.chat)
 
 
 def _windows(ids: npt.NDArray[np.int64], context: int, stride: int) -> Iterator[Batch]:
@@ -100,24 +102,30 @@ def _windows(ids: npt.NDArray[np.int64], context: int, stride: int) -> Iterator[
 
 @torch.inference_mode()
 def _collected(
-    model: Transformer, tokenizer: Tokenizer, batches: Iterator[Batch], precision: str, *, document: int | None = None
+    model: Transformer, tokenizer: Tokenizer, batches: Iterator[Batch], precision: str, *, document: int | None = None, chats: bool = False
 ) -> TokenLosses:
-    """Every scored token of the batches. `document`: of all; None: a new one begins behind each end-of-text token."""
+    """Every scored token of the batches. `document`: of all; None: a new one begins behind each end-of-text token, or with each chat."""
     was_training = model.training
     model.eval()
-    device, columns = model.embedding.weight.device, []
+    device, columns, begun = model.embedding.weight.device, [], 0
     for batch in batches:
         with autocast(device, precision):
             nats, sure, likeliest = judged(model, batch.to(device))
         scored = np.ones(batch.targets.shape, bool) if batch.weight is None else batch.weight.numpy() > 0
         token, place = batch.targets.numpy(), np.broadcast_to(np.arange(1, batch.targets.shape[1] + 1), batch.targets.shape)
-        columns.append([a[scored] for a in (nats, token, place, sure, likeliest == token)])
+        own = np.zeros_like(token)
+        if batch.document is not None:
+            place = place - document_starts(batch.document).numpy()
+            own = batch.document.numpy()
+            own = own + begun + np.arange(len(own))[:, None] * (int(own.max()) + 1)  # no two rows share one
+            begun = int(own.max()) + 1
+        columns.append([a[scored] for a in (nats, token, place, sure, likeliest == token, own)])
     model.train(was_training)
     if not columns:
         raise ConfigError("there is nothing to measure: the set has no token")
-    nats, token, place, sure, right = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    nats, token, place, sure, right, chat = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     ends = token == (-1 if tokenizer.end_of_text is None else tokenizer.end_of_text)
-    documents = np.cumsum(ends) - ends if document is None else np.full(len(token), document)
+    documents = chat if chats else np.cumsum(ends) - ends if document is None else np.full(len(token), document)
     lengths = tokenizer.byte_lengths()
     return TokenLosses(nats, token, place, sure, right, documents.astype(np.int64), int(lengths[token].sum()))
 

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from gptlab import compose, load, train
 from gptlab.cli import app
 from gptlab.config.errors import ConfigError, DataError
+from gptlab.data.prepare import prepare
 from gptlab.evaluate.chats import Answers, Duel, answers, duel, questions_of
+from gptlab.evaluate.losses import of_set
 from gptlab.objective.reward import Sample
 from gptlab.runner.run import Run
 from tests.data.test_conversations import chats, written
@@ -80,3 +82,24 @@ def test_what_cannot_be_asked_is_refused(talker: Run, tmp_path: Path, corpus_fil
     empty.write_text("")
     with pytest.raises(DataError, match="it holds no chat"):
         questions_of(str(empty), 0)
+
+
+def test_a_fine_tuned_run_is_measured_on_its_answers_each_by_its_place_in_its_own_chat(talker: Run) -> None:
+    loaded = load(talker)
+    data = prepare(loaded.config.data)
+    found = of_set(loaded.model, data, "val")
+    assert found.nats.mean() == pytest.approx(talker.metrics()[-1]["val/loss"], abs=1e-6)
+    assert len(set(found.document.tolist())) == data.manifest["splits"]["val"]["documents"]
+    assert found.place.max() < 8, "a chat has seven or eight tokens, whatever stands before it in its row"
+    told = CliRunner().invoke(app, ["evaluate", talker.identity, "--json"])
+    assert json.loads(told.stdout)[0]["loss"] == pytest.approx(found.nats.mean())
+
+
+def test_options_of_another_measure_are_refused(talker: Run, tmp_path: Path) -> None:
+    file = written(tmp_path, chats(3, turns=1), "asked.jsonl")
+    for more, said in (
+        (["--answer-tokens", "5"], "--answer-tokens goes with --chats"),
+        (["--chats", str(file), "--limit", "-1"], "--limit -1"),
+    ):
+        refused = CliRunner().invoke(app, ["evaluate", talker.identity, *more])
+        assert said in str(refused.exception)
