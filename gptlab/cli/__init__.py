@@ -278,7 +278,7 @@ def components(
 ) -> None:
     """List each slot, its components, their options and defaults."""
     if context.invoked_subcommand is None:
-        from gptlab.cli.show import components as show
+        from gptlab.cli.components import components as show
 
         show(slot)
 
@@ -286,7 +286,7 @@ def components(
 @components_app.command("check")
 def components_check(file: Annotated[Path, typer.Argument(help="A Python file that registers components.")]) -> None:
     """Run the contract tests on the components a file registers."""
-    from gptlab.cli.show import check
+    from gptlab.cli.components import check
 
     raise typer.Exit(check(file))
 

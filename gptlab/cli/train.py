@@ -31,10 +31,10 @@ from gptlab.config.sources import config_dir
 from gptlab.config.stages import LAUNCH, OUTCOMES
 from gptlab.config.sweep import Sweep, sweep
 from gptlab.hardware.world import World, launched, leave
+from gptlab.runner.reference import METRIC
 from gptlab.runner.run import PICTURE, read_ablation, write_ablation
 from gptlab.runner.stop import Requeued
 from gptlab.runner.train import train as train_run
-from gptlab.study.compare import METRIC
 from gptlab.study.live import LiveTable
 from gptlab.tracker.console import complain, console, say
 

@@ -65,7 +65,8 @@ def set_up(config: HardwareConfig) -> torch.device:
         torch.set_float32_matmul_precision("high")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # asked only then: the call imports torch's compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     return device
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.hardware.world import World, join, launched
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class Strategy(Protocol):
@@ -101,14 +103,16 @@ class FSDP:
         return self._world
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
-        mesh: DeviceMesh = init_device_mesh(device.type, (self._world.size,))
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # more than half a second, which one process need not wait for
+
+        mesh = init_device_mesh(device.type, (self._world.size,))
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard)
         fully_shard(model.to(device), mesh=mesh, reshard_after_forward=self.reshard)
-        for unit in model.modules():
-            if isinstance(unit, FSDPModule):  # a first pass in inference mode would make buffers that no gradient can pass
-                unit.unshard()
-                unit.reshard()
+        for unit in sharded_units(model):  # a first pass in inference mode would make buffers that no gradient can pass
+            unit.unshard()
+            unit.reshard()
         self._model = model
         return model
 
@@ -117,9 +121,14 @@ class FSDP:
 
     @contextlib.contextmanager
     def accumulating(self, step: nn.Module, last: bool) -> Iterator[None]:
-        assert isinstance(self._model, FSDPModule)
         self._model.set_requires_gradient_sync(last)
         yield
+
+
+def sharded_units(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose parameters are sharded; none where no strategy has sharded any."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a model that is sharded has imported it
+    return [] if fsdp is None else [unit for unit in model.modules() if isinstance(unit, fsdp.FSDPModule)]
 
 
 def _met(name: str, timeout: float) -> World:

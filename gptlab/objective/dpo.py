@@ -39,6 +39,8 @@ class DPO(Adapting):
     loss        dpo, ipo (Azar et al., 2023) or kto (Ethayarajh et al., 2024)
     beta        how dear it is to leave the model that it began with
     smoothing   dpo's: the share of preferences that are taken to be wrong
+    nll_weight  of the chosen answer's own loss, a mean over its tokens, which is added to a pair's (Pang et al., 2024: 1): without it both
+                answers may lose likelihood, as long as the rejected one loses more
     the others  as of objective=sft
 
     A pair's two answers lie in one row, so that `trainer.batch_tokens` holds so many pairs; the loss is a mean over them. The first model's
@@ -51,6 +53,7 @@ class DPO(Adapting):
         loss: Literal["dpo", "ipo", "kto"] = "dpo",
         beta: float = 0.1,
         smoothing: float = 0.0,
+        nll_weight: float = 0.0,
         embeddings: Literal["auto", "train", "freeze"] = "auto",
         lora_rank: int = 0,
         lora_alpha: float = 16.0,
@@ -61,7 +64,9 @@ class DPO(Adapting):
             raise ConfigError(f"objective.beta={beta} must be above 0 and finite")
         if not 0 <= smoothing < 0.5 or (smoothing and loss != "dpo"):
             raise ConfigError(f"objective.smoothing={smoothing} must be at least 0 and below 0.5, and is for objective.loss=dpo")
-        self.loss, self.beta, self.smoothing = loss, beta, smoothing
+        if not 0 <= nll_weight < math.inf:
+            raise ConfigError(f"objective.nll_weight={nll_weight} must be at least 0 and finite")
+        self.loss, self.beta, self.smoothing, self.nll_weight = loss, beta, smoothing, nll_weight
         self.reference: dict[str, Tensor] = {}  # of each set: (pairs, 2)
         self._first: Transformer | None = None  # kto asks it about answers that no pair has
         self.baseline = torch.zeros(())
@@ -124,10 +129,14 @@ class DPO(Adapting):
 
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
         there = (batch.extra["pair"] >= 0).float()
-        chosen, rejected = (answer_sums(model, batch) - batch.extra["reference"]).unbind(-1)  # (b, p) each
+        sums = answer_sums(model, batch)
+        chosen, rejected = (sums - batch.extra["reference"]).unbind(-1)  # (b, p) each
         for name, values in self._rewards(chosen, rejected).items():
             record(f"train/{name}", (values.detach() * there).sum() / there.sum())
-        return (self._losses(chosen - rejected, chosen, rejected) * there).sum()
+        losses = self._losses(chosen - rejected, chosen, rejected)
+        if self.nll_weight:
+            losses = losses - self.nll_weight * sums[..., 0] / answer_lengths(batch)[..., 0].clamp(min=1)
+        return (losses * there).sum()
 
     def _rewards(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
         return {
@@ -189,6 +198,13 @@ def answer_sums(model: Transformer, batch: Batch) -> Float[Tensor, "b p 2"]:
 
     sums: Tensor = model(batch.inputs, document=batch.document, reduce=reduce)
     return sums[:, :-1].reshape(len(sums), -1, 2)
+
+
+def answer_lengths(batch: Batch) -> Float[Tensor, "b p 2"]:
+    """How many tokens each answer of a `located` batch has: (b, pairs of a row, chosen and rejected)."""
+    slot, slots = batch.extra["slot"], 2 * batch.extra["pair"].shape[1]
+    counted = torch.zeros(len(slot), slots + 1, device=slot.device).scatter_add(1, slot, torch.ones_like(slot, dtype=torch.float32))
+    return counted[:, :-1].reshape(len(slot), -1, 2)
 
 
 def _sums(model: Transformer, batch: Batch, training: Training) -> Tensor:

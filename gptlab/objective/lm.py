@@ -15,7 +15,6 @@ from gptlab.config.record import record
 from gptlab.config.registry import register
 from gptlab.data.loader import Batch
 from gptlab.model.transformer import Transformer
-from gptlab.objective.chunked import summed_by_chunks
 
 Objective = Callable[[Transformer, Batch], Tensor]
 
@@ -46,6 +45,8 @@ def next_token_loss(model: Transformer, batch: Batch, *, z_loss: float = 0.0, ch
     def reduce(features: Tensor, within: Transformer) -> Tensor:
         rows = features.reshape(-1, features.shape[-1])
         if chunk and len(rows) > chunk:
+            from gptlab.objective.chunked import summed_by_chunks  # imports torch's compiler, which takes a while
+
             by_chunks: Tensor = summed_by_chunks(rows, targets, weight, within, partial(token_losses, z_loss=z_loss), chunk)
             return by_chunks
         return token_losses(within.logits(rows), targets, weight, z_loss)

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_step
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.product import emulated
 from gptlab.config.registry import register
+from gptlab.config.shards import in_shards
 from gptlab.optimizer.groups import Groups, check_shares, torch_groups
 
 # Of the quintic a·x + b·x³ + c·x⁵ (Jordan et al., 2024): steep at zero, so that few iterations lift singular values to about [0.7, 1.2].
@@ -141,7 +141,7 @@ def muon(
     made: Groups = []
     for given, of_matrix, other in zip(groups, of_matrices, others, strict=True):
         matrices = given["role"] == "matrix"
-        if matrices and any(isinstance(p, DTensor) for p in given["params"]):
+        if matrices and any(in_shards(p) for p in given["params"]):
             raise ConfigError("optimizer=muon updates whole matrices, and hardware/strategy=fsdp holds parts of them; use ddp")
         if matrices and (odd := next((n for n, p in zip(given["names"], given["params"], strict=True) if p.dim() != 2), None)):
             raise ConfigError(f"optimizer=muon cannot take {odd}: it has role matrix and is not of two dimensions")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor  # sharded parameters, for which torch has no fused step
 
 from gptlab.config.registry import register
+from gptlab.config.shards import in_shards
 from gptlab.optimizer.groups import Groups, check_shares, torch_groups
 
 
@@ -28,5 +28,5 @@ def sgd(
         lr=learning_rate,
         momentum=momentum,
         nesterov=nesterov and momentum > 0,
-        fused=device.type in ("cpu", "cuda", "mps") and not any(isinstance(p, DTensor) for g in groups for p in g["params"]),
+        fused=device.type in ("cpu", "cuda", "mps") and not any(in_shards(p) for g in groups for p in g["params"]),
     )

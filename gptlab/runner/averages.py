@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from gptlab.config.errors import CheckpointError, ConfigError
 from gptlab.config.registry import component_of, register, suggest
+from gptlab.hardware.strategy import sharded_units
 from gptlab.model.lora import merged
 from gptlab.runner import checkpoint
 from gptlab.runner.callback import Callback
@@ -91,9 +91,8 @@ class Averages:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Put the average in the place of the weights, or these back: in place, since a sharded or compiled model knows its memory."""
-        for unit in self._trainer.model.modules():
-            if isinstance(unit, FSDPModule):  # else it may go on with parameters that it gathered before
-                unit.reshard()
+        for unit in sharded_units(self._trainer.model):  # else it may go on with parameters that it gathered before
+            unit.reshard()
         if not self._placed:
             self._held = self._current()
         for path, parameter in self._trainer.model.named_parameters():

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
+from gptlab.config.shards import in_shards
 from gptlab.data.loader import Batch, held_out_batches
 from gptlab.hardware.device import synchronise
 from gptlab.hardware.precision import autocast
@@ -96,7 +96,7 @@ class Norms(_Diagnostic):
             return
         with self.timed(trainer), torch.no_grad():
             parameters, first = list(trainer.model.parameters()), trainer.world.first
-            sharded = [isinstance(p, DTensor) for p in parameters]
+            sharded = [in_shards(p) for p in parameters]
             weights = squares(self._copies, first, sharded)
             for copy, parameter in zip(self._copies, parameters, strict=True):
                 copy.sub_(_own(parameter))
@@ -130,7 +130,7 @@ class Norms(_Diagnostic):
 
 def _own(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    found: Tensor = tensor.to_local() if in_shards(tensor) else tensor
     return found.detach()
 
 
@@ -138,7 +138,7 @@ def squares(tensors: Sequence[Tensor | None], first: bool, sharded: Sequence[boo
     """Of each tensor the sum of squares that is this rank's to tell: of its own part, or of the whole on rank 0 alone."""
     norms = []
     for number, tensor in enumerate(tensors):
-        mine = first or (isinstance(tensor, DTensor) if sharded is None else sharded[number])
+        mine = first or (in_shards(tensor) if sharded is None else sharded[number])
         norms.append(torch.linalg.vector_norm(_own(tensor).float()) if tensor is not None and mine else torch.zeros(()))
     device = next((n.device for n in norms if n.device.type != "cpu"), torch.device("cpu"))
     return [n**2 for n in torch.stack([n.to(device) for n in norms]).tolist()]

@@ -19,12 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.tensor import DTensor
 
 from gptlab.config.errors import CheckpointError
+from gptlab.config.shards import in_shards
 from gptlab.hardware.world import World
 
 _INFO, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
@@ -49,14 +46,14 @@ class Shard:
 
 def offsets_of(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
     """Where this rank's part of each sharded tensor begins, and how large the whole is."""
-    found = {n: (t.__create_chunk_list__(), t.shape) for n, t in tensors.items() if isinstance(t, DTensor)}  # type: ignore[no-untyped-call]
+    found = {n: (t.__create_chunk_list__(), t.shape) for n, t in tensors.items() if in_shards(t)}  # type: ignore[no-untyped-call]
     return {n: Place(list(chunks[0].offsets), list(size)) for n, (chunks, size) in found.items()}
 
 
 def copied(tensor: Tensor, buffer: Tensor | None) -> Tensor:
     """A copy of a tensor, or of this rank's part of it, in CPU memory: in `buffer` where there is one."""
     source = tensor.detach()
-    if isinstance(source, DTensor):
+    if in_shards(source):
         source = source.to_local()
     if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
         buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
@@ -65,7 +62,7 @@ def copied(tensor: Tensor, buffer: Tensor | None) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from the ranks' shards; every rank calls it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if in_shards(tensor) else tensor
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], shard: Shard) -> Path | None:
@@ -87,6 +84,10 @@ def is_sharded(folder: Path) -> bool:
 
 def load_into(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
     """Fill tensors, sharded over any number of ranks or whole, from a checkpoint's shards or whole files. Raises CheckpointError."""
+    from torch.distributed.checkpoint.api import CheckpointException  # a second of imports, which a checkpoint in one file can do without
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     found = shapes(folder)  # torch's reader casts a wrong type, and passes over a hole, without a word
     for name, tensor in tensors.items():
         if name not in found:

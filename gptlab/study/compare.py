@@ -10,6 +10,7 @@ from typing import Any
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 from gptlab.config.slots import word
+from gptlab.runner.reference import METRIC as METRIC
 from gptlab.runner.run import Run, all_runs, find_study, members, read_ablation
 from gptlab.study.scores import Estimate, of_runs
 from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most
@@ -18,7 +19,7 @@ from gptlab.study.verdict import EFFECT, Verdict, judge
 from gptlab.study.votes import Tally, tally
 
 SAME_WEIGHTS = 0.995  # the share of initial weights from which two arms begin alike
-METRIC, ACCURACY, SOLVED, PER_BYTE = "val/loss", "val/accuracy", "val/solved", "val/bits_per_byte"
+ACCURACY, SOLVED, PER_BYTE = "val/accuracy", "val/solved", "val/bits_per_byte"
 
 
 @dataclass

@@ -18,7 +18,7 @@ from gptlab.data.conversations import Conversations
 from gptlab.data.loader import batch_of
 from gptlab.data.prepare import prepare
 from gptlab.objective import preference
-from gptlab.objective.dpo import DPO, REFERENCE, _crossed, answer_sums, located
+from gptlab.objective.dpo import DPO, REFERENCE, _crossed, answer_lengths, answer_sums, located
 from gptlab.runner.checkpoint import checkpoints, step_of
 from gptlab.runner.run import Run
 from tests.data.test_conversations import chats, written
@@ -129,6 +129,30 @@ def test_the_first_model_is_asked_once_and_its_word_is_kept(file: Path, base: Ru
     assert (whole.directory / REFERENCE).read_bytes() == kept, "what cannot be read is made anew, by the first model and not by that of now"
 
 
+def test_the_chosen_answers_own_loss_may_be_added(file: Path, base: Run) -> None:
+    data = prepare(compose(pairs_of(file, base)).data)
+    batch = located(batch_of(Conversations(data, "train", CONTEXT, 0, "cut").fetch(np.arange(3), True)))
+    there = batch.extra["pair"] >= 0
+    batch.extra["reference"] = torch.zeros(*there.shape, 2)
+    model = load(base).model
+    with torch.no_grad():
+        alone, together = (float(DPO(nll_weight=weight)(model, batch)) for weight in (0.0, 0.5))
+        sums = answer_sums(model, batch)[..., 0]
+    lengths = answer_lengths(batch)[..., 0]
+    document, answer = batch.document, batch.extra["answer"]
+    assert document is not None
+    for row in range(len(there)):
+        for place in range(int(there[row].sum())):
+            assert lengths[row, place] == (answer[row] & (document[row] == 2 * place)).sum()
+    assert together - alone == pytest.approx(-0.5 * float((sums[there] / lengths[there]).sum()), rel=1e-5)
+
+
+def test_with_their_own_loss_the_chosen_answers_stay_likely(file: Path, base: Run) -> None:
+    ends = [train(compose(pairs_of(file, base, f"objective.nll_weight={weight}"))).run.metrics()[-1] for weight in (0, 1)]
+    assert ends[1]["val/loss"] < ends[0]["val/loss"] - 0.1
+    assert ends[1]["val/reward_accuracy"] > 0.9
+
+
 def test_adapters_learn_preferences_too(file: Path, base: Run) -> None:
     made = train(compose(pairs_of(file, base, "objective.lora_rank=4"))).run
     assert made.metrics()[-1]["val/reward_margin"] > 0
@@ -155,6 +179,7 @@ def test_kto_crosses_questions_with_the_answers_of_others(file: Path, base: Run)
     [
         (["objective.beta=0"], "objective.beta=0.0 must be above 0"),
         (["objective.smoothing=0.5"], "objective.smoothing=0.5 must be at least 0 and below 0.5"),
+        (["objective.nll_weight=-1"], "objective.nll_weight=-1.0 must be at least 0"),
         (["objective.loss=ipo", "objective.smoothing=0.1"], "is for objective.loss=dpo"),
         (["objective=sft"], "pairs of a better and a worse answer, which objective=dpo learns from"),
         (["data/corpus=pydocs"], "objective=dpo learns from pairs of answers"),
