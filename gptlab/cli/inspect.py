@@ -17,6 +17,7 @@ from gptlab.data.prepare import prepare
 from gptlab.data.reader import read_file
 from gptlab.hardware.device import machine
 from gptlab.interpret.embeddings import analogy, neighbours
+from gptlab.interpret.features import autoencoder, has_autoencoder
 from gptlab.interpret.inspection import Inspection, inspect
 from gptlab.interpret.tuning import TunedLens, tune_lens
 from gptlab.interpret.units import excited
@@ -73,7 +74,8 @@ def inspect_run(
         remarks.append((f"No prompt was given: this is the beginning of {source}.", False))
     remarks += [(fact, False) for fact in facts(found)]
     with console.status("looking for what excites units"):
-        units = excited(loaded, found.tokens[None], rows)
+        features = autoencoder(loaded, checkpoint=checkpoint) if has_autoencoder(loaded) else None
+        units = excited(loaded, found.tokens[None], rows, features=features)
     beside = Beside(
         title=_title(loaded, run),
         summary=_summary(loaded, state, len(found.tokens)),

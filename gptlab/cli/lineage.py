@@ -32,6 +32,7 @@ class Stage:
     flops: float
     seconds: float
     loss: float | None
+    solved: float | None = None  # of the stage's own problems
     missing: bool = False
 
 
@@ -44,25 +45,30 @@ def lineage(reference: str, *, price: float, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(stage) for stage in stages], indent=1))
         return
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    columns = ["stage", "run", "began with", "objective", "data", "steps", "tokens", "time", *(["cost"] if price else []), "val/loss"]
+    solved = any(stage.solved is not None for stage in stages)
+    columns = ["stage", "run", "objective", "data", "tokens", "time", *["cost"] * bool(price), "loss", *["solved"] * solved]
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
-        shown.add_column(name, justify="left" if name in columns[:5] else "right", no_wrap=name in ("run", "tokens", "began with"))
+        shown.add_column(name, justify="left" if name in columns[:4] else "right", no_wrap=name not in ("stage", "data"), overflow="fold")
     for stage in stages:
         if stage.missing:
-            shown.add_row(stage.name, stage.run, "it is gone")
+            shown.add_row(stage.name.replace(",", " "), stage.run, "is gone")
             continue
         shown.add_row(
-            stage.name.replace(",", " "), stage.run, stage.began, stage.objective, stage.data, f"{stage.steps:,}", f"{stage.tokens:,}",
-            _time(stage.seconds), *([f"${stage.seconds / 3600 * price:,.2f}"] if price else []),
-            "" if stage.loss is None else f"{stage.loss:.4f}",
+            stage.name.replace(",", " "), stage.run, stage.objective, stage.data, _count(stage.tokens), _time(stage.seconds),
+            *[f"${stage.seconds / 3600 * price:,.2f}"] * bool(price), "" if stage.loss is None else f"{stage.loss:.4f}",
+            *["" if stage.solved is None else f"{stage.solved:.1%}"] * solved,
         )  # fmt: skip
     console.print(shown)
+    for before, stage in zip([None, *stages], stages, strict=False):
+        if not stage.missing and (before is None or before.missing or stage.began != f"{before.name.replace(',', ' ')}@{before.steps}"):
+            say(f"{stage.name.replace(',', ' ')} began with {stage.began}")
     known = [stage for stage in stages if not stage.missing]
     seconds, flops = sum(stage.seconds for stage in known), sum(stage.flops for stage in known)
     cost = f", ${seconds / 3600 * price:,.2f} at ${price:g} an hour" if price else ""
     say(f"in all {sum(stage.tokens for stage in known):,} tokens, {flops:.3g} FLOPs, {_time(seconds)}{cost}")
-    say(("val/loss is of each stage's own held-out data: of chats on the assistant's tokens alone", "dim"))
+    of_solved = "; solved are its own problems" if solved else ""
+    say((f"loss is val/loss, of each stage's own held-out data: of chats on the assistant's tokens alone{of_solved}", "dim"))
 
 
 def chain(run: Run) -> list[Stage]:
@@ -74,7 +80,7 @@ def chain(run: Run) -> list[Stage]:
         try:
             at = find_run(identity)
         except ConfigError:
-            found.append(Stage(identity, str(parent["name"]), str(parent["study"]), "gone", "", "", "", 0, 0, 0.0, 0.0, None, True))
+            found.append(Stage(identity, str(parent["name"]), str(parent["study"]), "gone", "", "", "", 0, 0, 0.0, 0.0, None, missing=True))
             break
         if any(stage.run == at.identity for stage in found):
             break
@@ -93,12 +99,19 @@ def _stage(run: Run) -> Stage:
     latest: dict[str, Any] = {}
     for line in run.metrics():
         latest.update(line)
-    loss = latest.get("val/loss")
+    loss, solved = latest.get("val/loss"), latest.get("val/solved")
     return Stage(
         run.identity, run.name, run.study, run.state, began, component_of(config.objective).name, component_of(config.data.corpus).name,
         int(latest.get("step", 0)), int(latest.get("tokens", 0)), float(latest.get("flops", 0.0)), float(latest.get("wall", 0.0)),
-        None if loss is None else float(loss),
+        None if loss is None else float(loss), None if solved is None else float(solved),
     )  # fmt: skip
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 def _time(seconds: float) -> str:

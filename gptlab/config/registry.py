@@ -40,7 +40,7 @@ BUILTIN = (
     "gptlab.hardware.strategy",
     *(f"gptlab.optimizer.{m}" for m in ("adamw", "sgd", "lion", "muon", "adafactor", "schedule_free")),
     *(f"gptlab.schedule.{m}" for m in ("cosine", "wsd", "linear", "constant", "inverse_sqrt", "cooldown")),
-    *(f"gptlab.objective.{m}" for m in ("lm", "sft", "dpo", "reward", "grpo")),
+    *(f"gptlab.objective.{m}" for m in ("lm", "sft", "dpo", "reward", "grpo", "sae")),
     *(f"gptlab.tracker.{m}" for m in ("none", "wandb", "tensorboard")),
     "gptlab.runner.callbacks",
     "gptlab.runner.histograms",

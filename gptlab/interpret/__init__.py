@@ -19,7 +19,7 @@ looks into has none. The model is a `Transformer`, or what `load` gives; tokens 
     neighbours, analogy            near tokens, and `vater - mann + frau`
     position_similarity            cosines between embeddings of positions
     probe, probes                  what a linear map reads from an activation, beside a control with shuffled labels
-    train_autoencoder              a sparse autoencoder of one activation
+    autoencoder, judge_autoencoder a sparse autoencoder that objective=sae has trained, and what the model keeps through it
     same_tokenizer                 the one tokeniser of several runs, or a sentence
 
 Those that make tables return pandas' data frames, the others tensors or small dataclasses of them. What is wrong is a ConfigError.
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from gptlab.interpret.attention_patterns import patterns as patterns
     from gptlab.interpret.attribution import Attribution as Attribution
     from gptlab.interpret.attribution import attribute as attribute
-    from gptlab.interpret.autoencoder import SparseAutoencoder as SparseAutoencoder
-    from gptlab.interpret.autoencoder import train_autoencoder as train_autoencoder
     from gptlab.interpret.embeddings import analogy as analogy
     from gptlab.interpret.embeddings import neighbours as neighbours
     from gptlab.interpret.embeddings import position_similarity as position_similarity
+    from gptlab.interpret.features import autoencoder as autoencoder
+    from gptlab.interpret.features import judge_autoencoder as judge_autoencoder
     from gptlab.interpret.given import same_tokenizer as same_tokenizer
     from gptlab.interpret.heads import head_scores as head_scores
     from gptlab.interpret.heads import repeated_tokens as repeated_tokens
@@ -66,8 +66,8 @@ _HOMES = {
     "ablation": ("ablate",),
     "attention_patterns": ("Patterns", "patterns"),
     "attribution": ("Attribution", "attribute"),
-    "autoencoder": ("SparseAutoencoder", "train_autoencoder"),
     "embeddings": ("analogy", "neighbours", "position_similarity"),
+    "features": ("autoencoder", "judge_autoencoder"),
     "given": ("same_tokenizer",),
     "heads": ("head_scores", "repeated_tokens"),
     "lenses": ("Lens", "lens"),

@@ -1,4 +1,4 @@
-"""A small trainer for what is fitted to a model's activations: tuned lenses, probes, sparse autoencoders.
+"""A small trainer for what is fitted to a model's activations in seconds: tuned lenses, probes.
 
 The runner trains a Transformer on tokens, and its runs, losses and checkpoints are of that; what is fitted here is a few matrices on
 tensors at hand, in seconds. So this is a loop of its own, with the optimizers and schedules that are registered for both.
@@ -28,9 +28,8 @@ def fit(
     optimizer: str = "adamw",
     schedule: str = "linear",
     weight_decay: float = 0.0,
-    after: Callable[[], None] | None = None,
 ) -> list[float]:
-    """Train a module by `loss(step)`, in the mode it is in; returns the losses. `after`: what is done behind each update.
+    """Train a module by `loss(step)`, in the mode it is in; returns the losses.
 
     `optimizer` and `schedule` are registered names. Raises ConfigError for one that is none or no steps, DivergedError for a loss that is
     not finite.
@@ -55,6 +54,4 @@ def fit(
             raise DivergedError(f"the loss is {seen[-1]} at step {step + 1}; a learning_rate below {learning_rate:g} may help")
         updates.step()
         updates.zero_grad(set_to_none=True)
-        if after is not None:
-            after()
     return seen

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
+from gptlab.model.autoencoder import PREFIX
 from gptlab.model.init import drawn_from
 from gptlab.model.linear import Linear
 
@@ -61,9 +62,14 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
         module.adapter = adapter
 
 
+def added(name: str) -> bool:
+    """Whether a tensor of a model is one that an objective has added: an adapter's, or an autoencoder's."""
+    return MARK in name or name.startswith(PREFIX)
+
+
 def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights with its adapters added to the products they stand beside, and gone."""
-    found = {name: tensor for name, tensor in weights.items() if MARK not in name}
+    """A model's weights without what an objective has added: adapters become part of the products they stand beside."""
+    found = {name: tensor for name, tensor in weights.items() if not added(name)}
     for name in weights:
         if name.endswith(f"{MARK}up"):
             stem = name.removesuffix(f"{MARK}up")

@@ -23,7 +23,7 @@ from gptlab.data.mix import Mix
 from gptlab.data.tokenizer import from_json
 from gptlab.data.tokenizer_file import written_in
 from gptlab.hardware.precision import in_precision
-from gptlab.model.lora import MARK
+from gptlab.model.lora import added
 from gptlab.model.transformer import Transformer, new_model
 from gptlab.runner import checkpoint, sharded
 from gptlab.runner.averages import load_weights
@@ -126,18 +126,18 @@ def begin(trainer: Trainer) -> None:
     """
     config = trainer.config
     parent, found = _parent(config.trainer.init_from)
-    own = {name: tensor for name, tensor in trainer.model.state_dict().items() if MARK not in name}
+    own = {name: tensor for name, tensor in trainer.model.state_dict().items() if not added(name)}
     where = f"trainer.init_from={config.trainer.init_from}"
     if trainer.strategy.sharded:
         if new_tokens(config, trainer.data.vocabulary) or len(own) < len(trainer.model.state_dict()):
-            raise ConfigError(f"{where}: new tokens and adapters are made from whole weights; use hardware/strategy=single or ddp")
+            raise ConfigError(f"{where}: what is added to a model is made from whole weights; use hardware/strategy=single or ddp")
         sharded.load_into(found, own, trainer.world.writers())
         checkpoint.fill(trainer.model, own, found)
     else:
         _, weights, _ = load_weights(found)
-        adapters = {name: tensor for name, tensor in trainer.model.state_dict().items() if MARK in name}
+        beside = {name: tensor for name, tensor in trainer.model.state_dict().items() if added(name)}
         known = known_tokens(parent)
-        checkpoint.fill(trainer.model, fitted(weights, own, where, known, trainer.data.vocabulary) | adapters, found)
+        checkpoint.fill(trainer.model, fitted(weights, own, where, known, trainer.data.vocabulary) | beside, found)
     if trainer.world.first:
         step = checkpoint.step_of(found)
         trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})

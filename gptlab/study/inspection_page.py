@@ -237,7 +237,7 @@ def _norms(found: Inspection) -> dict[str, Any]:
 
 
 def _neurons(beside: Beside, pieces: _Pieces) -> dict[str, Any]:
-    layers: dict[int, list[dict[str, Any]]] = {}
+    layers: dict[str, list[dict[str, Any]]] = {}
     for unit in beside.units:
         texts = [_around(row, values, beside, pieces) for row, values in unit.texts]
         layers.setdefault(unit.layer, []).append({"unit": unit.unit, "high": unit.high, "prompt": _rises(unit.own), "texts": texts})
