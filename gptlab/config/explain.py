@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import OverrideParseException
@@ -36,8 +37,20 @@ def check_overrides(overrides: Iterable[str]) -> None:
 
 
 def references_as_text(overrides: Iterable[str]) -> list[str]:
-    """The overrides, with runs that look like numbers (13e0957672 is infinity to YAML) as the texts that they are."""
-    return [re.sub(r"^(\+*trainer\.(?:init_from|start))=(\d+(?:e\d+)?)$", r"\1='\2'", override) for override in overrides]
+    """The overrides, with references to runs as the texts that they are.
+
+    13e0957672 is infinity to YAML; the `=` of study/position=rotary ends a value to Hydra, and so do the commas of a run's folder.
+    """
+    return [_REFERENCE.sub(_as_text, override) for override in overrides]
+
+
+_REFERENCE = re.compile(r"^(?P<key>\+*trainer\.(?:init_from|start))=(?P<run>[^'\"\[\](){}$]+)$")
+
+
+def _as_text(found: re.Match[str]) -> str:
+    run = found["run"]
+    quoted = re.fullmatch(r"\d+(?:e\d+)?", run) or ("=" in run and ("," not in run or Path(run.partition("@")[0]).is_dir()))
+    return f"{found['key']}='{run}'" if quoted else found[0]
 
 
 def environment_refused(key: str) -> str:

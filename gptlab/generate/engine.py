@@ -93,13 +93,15 @@ class Engine:
         by_length: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             by_length.setdefault(min(len(prompt), self.context), []).append(i)
+        read = []
         for length, alike in by_length.items():
             most = max(1, READ // length)
             for part in (alike[start : start + most] for start in range(0, len(alike), most)):
                 for i in part:
                     for n in range(i * copies, (i + 1) * copies):
                         self._begin(prompts[i], settings[n], numbers[n], top)
-                self._join(*self._read([prompts[i][-length:] for i in part], copies))
+                read.append(self._read([prompts[i][-length:] for i in part], copies))
+        self._join(*read)
 
     def take(
         self, prompt: Sequence[int], reading: Reading, settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None
@@ -111,7 +113,7 @@ class Engine:
             self._begin(prompt, own, number, top)
         if len(settings) > 1:
             reading.cache.select([0] * len(settings))
-        self._join(reading.cache, reading.logits.expand(len(settings), -1))
+        self._join((reading.cache, reading.logits.expand(len(settings), -1)))
 
     def _begin(self, prompt: Sequence[int], own: Sampling, number: int, top: int | None) -> None:
         top = 0 if top is None and self.logprobs else top
@@ -165,7 +167,7 @@ class Engine:
                 self._feed()
             for row in rows:
                 self.rows.append(row)
-                self._join(*self._read([row.tokens[-max(1, self.context // 2) :]]))
+                self._join(self._read([row.tokens[-max(1, self.context // 2) :]]))
             return
         self._feed()
 
@@ -200,12 +202,12 @@ class Engine:
             cache.select([i for i in range(len(texts)) for _ in range(copies)])
         return cache, logits.repeat_interleave(copies, 0)
 
-    def _join(self, cache: KVCache, logits: Tensor) -> None:
-        if self._cache is None or self._logits is None:
-            self._cache, self._logits = cache, logits
-            return
-        self._cache.join(cache)
-        self._logits = torch.cat((self._logits, logits))
+    def _join(self, *read: tuple[KVCache, Tensor]) -> None:
+        """Append rows that were read: all at once, since each time all that are there are copied."""
+        held = [] if self._cache is None or self._logits is None else [(self._cache, self._logits)]
+        caches, logits = zip(*held, *read, strict=True)
+        caches[0].join(*caches[1:])
+        self._cache, self._logits = caches[0], torch.cat(logits)
 
     @property
     def _device(self) -> torch.device:

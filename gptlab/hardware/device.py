@@ -65,8 +65,7 @@ def set_up(config: HardwareConfig) -> torch.device:
         torch.set_float32_matmul_precision("high")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # asked only then: the call imports torch's compiler
-        torch.use_deterministic_algorithms(config.deterministic)
+    _deterministic(config.deterministic)
     return device
 
 
@@ -81,9 +80,14 @@ def restored() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradients)
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        _deterministic(deterministic)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
+
+
+def _deterministic(wanted: bool) -> None:
+    if wanted != torch.are_deterministic_algorithms_enabled():  # asked for only then: the call imports torch's compiler
+        torch.use_deterministic_algorithms(wanted)
 
 
 def _keep_freed_memory() -> None:

@@ -118,6 +118,8 @@ class KVCache:
 
     def _reserve(self, tokens: int) -> None:
         """Have memory for so many tokens, or for `capacity`."""
+        if min(self.capacity, tokens) == self._room:
+            return
         self._room = min(self.capacity, tokens)
         pages = Pages()
         for kept in (self.keys, self.values):
@@ -166,19 +168,23 @@ class KVCache:
         self.last = None if self.last is None else self.last.index_select(0, index)
         self.lengths = [self.lengths[row] for row in rows]
 
-    def join(self, other: KVCache) -> None:
-        """Append another cache's rows. Raises ValueError where its layers are of other sizes."""
-        if self.sizes != other.sizes:
+    def join(self, *others: KVCache) -> None:
+        """Append the rows of other caches. Raises ValueError where their layers are of other sizes."""
+        together = (self, *others)
+        if any(other.sizes != self.sizes for other in others):
             raise ValueError("caches of different sizes cannot be joined")
-        room = max(self._room, other._room)
-        self._reserve(room)
-        other._reserve(room)
+        if not others:
+            return
+        room = max(one._room for one in together)
+        for one in together:
+            one._reserve(room)
         self.keys, self.values = (
-            [torch.cat(pair) for pair in zip(ours, theirs, strict=True)]
-            for ours, theirs in ((self.keys, other.keys), (self.values, other.values))
+            [torch.cat(layer) for layer in zip(*held, strict=True)]
+            for held in ([one.keys for one in together], [one.values for one in together])
         )
-        self.last = torch.cat((self.last, other.last)) if self.last is not None and other.last is not None else None
-        self.lengths = [*self.lengths, *other.lengths]
+        last = [one.last for one in together if one.last is not None]
+        self.last = torch.cat(last) if len(last) == len(together) else None
+        self.lengths = [length for one in together for length in one.lengths]
 
 
 def _longer(kept: Float[Tensor, "b g s k"], room: int, pages: Pages) -> Float[Tensor, "b g r k"]:

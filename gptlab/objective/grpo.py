@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,6 +39,21 @@ from gptlab.objective.transcript import write_rollouts
 from gptlab.tracker.protocol import Metrics
 
 EXTRA = ("advantage", "share", "old", "reference")  # what a batch holds besides its rows
+
+
+class Ragged(Batch):
+    """Rows of many lengths: a micro-batch ends behind the last token that it scores, since what follows adds nothing."""
+
+    def split(self, rows: int) -> list[Batch]:
+        return [_shorn(part) for part in super().split(rows)]
+
+
+def _shorn(batch: Batch) -> Batch:
+    scored = (batch.extra["share"] > 0).any(0).nonzero()
+    end = int(scored.max()) + 1 if len(scored) else 1
+    weight, document = (None if t is None else t[:, :end] for t in (batch.weight, batch.document))
+    extra = {name: t[:, :end] if t.dim() == 2 else t for name, t in batch.extra.items()}
+    return Batch(batch.inputs[:, :end], batch.targets[:, :end], weight, document, extra)
 
 
 @register("objective", "grpo")
@@ -189,7 +205,7 @@ class GRPO(Objective):
         if tensors:
             self._told = dict(zip(self._told_names(), tensors["told"].tolist(), strict=True))
             extra = {name: tensors[name] for name in EXTRA if name in tensors}
-            self._kept = Batch(tensors["inputs"], tensors["targets"], tensors["weight"], tensors.get("document"), extra)
+            self._kept = Ragged(tensors["inputs"], tensors["targets"], tensors["weight"], tensors.get("document"), extra)
 
     def measure(self, training: Training) -> Metrics:
         assert self._source is not None
@@ -223,11 +239,13 @@ class GRPO(Objective):
         self._tell(training, rollouts, groups, parts)
         if self.shown and (training.number % self.shown < self.updates) and world.first:
             write_rollouts(training, rollouts, rewards.tolist(), parts, each.flatten().tolist())
-        batch, mask = as_batch(rollouts, documents=model.sees_documents)
+        # Rows of like lengths side by side, so that a micro-batch holds little padding.
+        order = sorted(range(len(rollouts)), key=lambda row: len(rollouts[row].prompt) + len(rollouts[row].completion), reverse=True)
+        batch, mask = as_batch([rollouts[row] for row in order], documents=model.sees_documents)
         longest = self.max_tokens or config.model.context_length
         share, weight = shares(mask, self.normalisation, longest)
-        extra = {"advantage": each.flatten().float(), "share": share}
-        batch = replace(batch, weight=weight, extra=extra)
+        extra = {"advantage": each.flatten().float()[order], "share": share}
+        batch = Ragged(batch.inputs, batch.targets, weight, batch.document, extra)
         if self.updates > 1:
             extra["old"] = self._likelihoods(training, model, batch)
         if self._reference is not None:
@@ -268,7 +286,8 @@ class GRPO(Objective):
             part = part.to(training.device)
             with autocast(training.device, training.config.hardware.precision):
                 logits = model(part.inputs, document=part.document)
-            found.append(_chosen(logits.float() / self.temperature, part.targets).cpu())
+            here = _chosen(logits.float() / self.temperature, part.targets).cpu()
+            found.append(F.pad(here, (0, batch.targets.shape[1] - here.shape[1])))
         model.train(was_training)
         return torch.cat(found)
 

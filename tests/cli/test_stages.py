@@ -77,6 +77,10 @@ def test_what_stages_cannot_be_is_refused() -> None:
 def test_a_run_whose_name_looks_like_a_number_is_a_run(corpus_file: Path) -> None:
     given = ["trainer.init_from=13e0957672", "+trainer.start=1234567890", "trainer.init_from=13e0957672@12", "seed=3"]
     assert references_as_text(given) == ["trainer.init_from='13e0957672'", "+trainer.start='1234567890'", *given[2:]]
+    named = "trainer.init_from=numbers/position=rotary"
+    assert references_as_text([named, f"{named},numbers/a=b", f"{named}@12"]) == [
+        "trainer.init_from='numbers/position=rotary'", f"{named},numbers/a=b", "trainer.init_from='numbers/position=rotary@12'",
+    ]  # fmt: skip
     config = compose([*tiny(corpus_file), "study=numbers"])
     train(config)
     with pytest.raises(ConfigError, match="no run matches '13e0957672'"):

@@ -25,7 +25,7 @@ from gptlab.data.synthetic import Addition
 from gptlab.data.tokenizer import CharTokenizer
 from gptlab.hardware.device import machine
 from gptlab.model.transformer import Transformer, new_model
-from gptlab.objective.grpo import GRPO
+from gptlab.objective.grpo import GRPO, Ragged
 from gptlab.objective.protocol import Objective, hooked
 from gptlab.objective.reward import Reward, Sample
 from gptlab.objective.rollout import as_batch, roll_out
@@ -378,6 +378,21 @@ def test_a_group_of_one_on_sharded_weights_is_refused() -> None:
     Told.world = type("World", (), {"size": 2})()  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"objective=grpo writes with whole weights: hardware/strategy=fsdp has none; use single or ddp"):
         objective.begin(Told())  # type: ignore[arg-type]
+
+
+def test_a_micro_batch_ends_behind_what_it_scores_and_the_loss_is_the_same() -> None:
+    tokens = torch.randint(13, (4, 8), generator=torch.Generator().manual_seed(0))
+    share = torch.zeros(4, 7)
+    for row, (start, end) in enumerate(((3, 7), (2, 5), (1, 3), (1, 2))):
+        share[row, start:end] = 1
+    given = (tokens[:, :-1], tokens[:, 1:], share, None, {"advantage": torch.tensor([1.0, -2.0, 0.5, 3.0]), "share": share})
+    parts = Ragged(*given).split(2)
+    assert [part.inputs.shape[1] for part in parts] == [7, 3]
+    assert [part.extra["share"].shape[1] for part in parts] == [7, 3]
+    objective, own = GRPO(checked=0), model()
+    whole = objective(own, Batch(*given))
+    torch.testing.assert_close(sum(objective(own, part) for part in parts), whole)
+    assert [part.inputs.shape[1] for part in Batch(*given).split(2)] == [7, 7], "other rows keep their length"
 
 
 @pytest.mark.parametrize("more", [(), ("objective.kl=0.1", "objective.updates=2")])
