@@ -13,7 +13,7 @@ from gptlab.data.chat_corpus import ChatCorpus, Found
 from gptlab.data.chat_records import Example
 
 Made = tuple[list[str], str]  # what the user and the assistant say in turn, ending with the user; the right answer
-VERSION = 1  # goes up where the same options give other chats
+VERSION = 2  # goes up where the same options give other chats
 
 WORDS = {
     "en": "ant apple bear blanket bread bridge candle cat chair cloud dog dream feather fire flower forest garden glass hat honey horse "
@@ -81,6 +81,7 @@ class Drills(ChatCorpus):
     chats        how many
     skills       of these alone; empty: all (add, larger, spell, first, last, upper, repeat, letters, after, opposite, name)
     largest      numbers are below it
+    turns        questions of a chat at most: half of them have one (a name is told first), the others any number up to it
     preferences  beside each answer a worse one, wrong or rambling, for objective=dpo
     seed         of the draws; a preference or reinforcement stage takes another than the fine-tuning before it
     """
@@ -94,6 +95,7 @@ class Drills(ChatCorpus):
         chats: int = 20000,
         skills: tuple[str, ...] = (),
         largest: int = 100,
+        turns: int = 6,
         preferences: bool = False,
         seed: int = 0,
     ) -> None:
@@ -102,13 +104,15 @@ class Drills(ChatCorpus):
             raise ConfigError(f"data.corpus.skills: {unknown[0]!r} is not one of {', '.join(SKILLS)}")
         if chats < 1 or largest < 2:
             raise ConfigError(f"data.corpus: chats={chats} must be at least 1 and largest={largest} at least 2")
+        if turns < 1:
+            raise ConfigError(f"data.corpus.turns={turns} must be at least 1")
         self.language, self.chats, self.skills, self.largest = language, chats, tuple(skills) or SKILLS, largest
-        self.pairs, self.seed = preferences, seed
+        self.turns, self.pairs, self.seed = turns, preferences, seed
 
     def fingerprint(self) -> dict[str, Any]:
         return {
             "version": VERSION, "language": self.language, "chats": self.chats, "skills": list(self.skills), "largest": self.largest,
-            "pairs": self.pairs, "seed": self.seed,
+            "turns": self.turns, "pairs": self.pairs, "seed": self.seed,
         }  # fmt: skip
 
     def found(self, *, validation: bool = False) -> Iterator[Found]:
@@ -117,14 +121,14 @@ class Drills(ChatCorpus):
             yield self._example(draw)
 
     def _example(self, draw: Random) -> Example:
-        """One to three skills in a row; a name that is told first is asked for last."""
+        """Skills in a row; a name that is told first is asked for last."""
         messages = [Message("system", SYSTEM[self.language])] if draw.random() < 0.2 else []
         skill = draw.choice(self.skills)
         told = _values(skill, self.language, self.largest, draw)
         if skill == "name":
             asked, greeted = MEETING[self.language]
             messages += [Message("user", draw.choice(asked).format(**told)), Message(ANSWERS, greeted.format(**told))]
-        for _ in range(draw.choice((0, 0, 0, 1, 2))):
+        for _ in range(draw.randrange(1, self.turns) if self.turns > 1 and draw.random() < 0.5 else 0):
             between = draw.choice([s for s in self.skills if s != "name"] or list(self.skills))
             if between != "name":
                 messages += self._turn(between, _values(between, self.language, self.largest, draw), draw)

@@ -107,8 +107,21 @@ def test_chats_are_problems_whose_held_out_ones_are_never_learned_from() -> None
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [({"skills": ("sing",)}, r"data\.corpus\.skills: 'sing' is not one of add"), ({"chats": 0}, "chats=0"), ({"largest": 1}, "largest=1")],
+    [
+        ({"skills": ("sing",)}, r"data\.corpus\.skills: 'sing' is not one of add"),
+        ({"chats": 0}, "chats=0"),
+        ({"turns": 0}, "turns=0"),
+        ({"largest": 1}, "largest=1"),
+    ],
 )
 def test_what_means_nothing_is_refused(options: dict[str, object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Drills(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("most", "longest"), [(1, 1), (2, 2), (6, 6)])
+def test_chats_have_as_many_turns_as_they_may(most: int, longest: int) -> None:
+    chats = [one for one in Drills(chats=400, turns=most, skills=("upper", "spell")).found() if isinstance(one, Example)]
+    counts = [sum(m.role == "user" for m in one.messages) for one in chats]
+    assert set(counts) == set(range(1, longest + 1))
+    assert most == 1 or 0.4 < counts.count(1) / len(counts) < 0.6
