@@ -15,7 +15,7 @@ from gptlab.model.context import Context
 from gptlab.model.dropout import drop
 from gptlab.model.kernel import Kernel
 from gptlab.model.linear import FusedLinear, Linear, OutputLinear
-from gptlab.model.mask import causal, everything, within_documents
+from gptlab.model.mask import causal, everything
 from gptlab.model.mask import window as window_mask
 from gptlab.model.norm import rms_normalised
 
@@ -85,7 +85,7 @@ class MultiHead(nn.Module):
         q, k = context.position.rotate(q, k, context.positions)
         q, k, v = self.q(q), self.k(k), self.v(v)
         k_order = context.order
-        mask = self.mask if context.document is None else within_documents(self.mask, context.document)
+        mask = context.within(self.mask)
         if context.cache is not None:
             seen = context.cache.update(self.layer, k, v)
             k, v, k_order = seen.keys, seen.values, context.order if seen.places is None else seen.places

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gptlab.model.cache import KVCache
+from gptlab.model.mask import Mask, within_documents
 
 if TYPE_CHECKING:
     from gptlab.model.position import Position
@@ -47,3 +48,12 @@ class Context:
     position: Position
     cache: KVCache | None = None
     losses: Auxiliary | None = None
+    masks: dict[Mask, Mask] = field(default_factory=dict, init=False, repr=False)  # of this pass
+
+    def within(self, mask: Mask) -> Mask:
+        """`mask` within the documents, if there are any: one object for all layers, of which a kernel may keep what it said."""
+        if self.document is None:
+            return mask
+        if mask not in self.masks:
+            self.masks[mask] = within_documents(mask, self.document)
+        return self.masks[mask]

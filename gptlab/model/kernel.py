@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -152,12 +153,32 @@ class SDPA:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped)
         if mask is everything and bias is None:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, enable_gqa=grouped)
-        b, h, i, j = _grid(q, q_positions, k_positions)
-        allowed: Tensor = mask(b, h, i, j)
-        if bias is not None:
-            allowed = torch.where(allowed, bias(h, i, j).to(q.dtype), -math.inf)
-        shape = (q.shape[0], allowed.shape[1], q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed.expand(shape), dropout_p=dropout, scale=scale, enable_gqa=grouped)
+        if bias is None:
+            allowed = _allowed_places(mask, q, q_positions, k_positions)
+        else:
+            b, h, i, j = _grid(q, q_positions, k_positions)
+            allowed = torch.where(mask(b, h, i, j), bias(h, i, j).to(q.dtype), -math.inf)
+        if not on_cpu(q):  # which reads one row for all heads where it is
+            allowed = allowed.expand(q.shape[0], allowed.shape[1], q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+
+
+# Of each mask the places it was last asked about, and what it said: the layers of a pass all ask the same.
+_told: WeakKeyDictionary[Mask, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _allowed_places(mask: Mask, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """Where queries may look, (b or 1, 1, t, s), as the device's kernel has it: a bool, and on a CPU 0 or -inf, which it adds as it is."""
+    if torch.compiler.is_compiling():
+        return mask(*_grid(q, q_positions, k_positions))
+    asked_q, asked_k, found = _told.get(mask, (None, None, None))
+    if found is not None and asked_q is q_positions and asked_k is k_positions and found.dtype in (q.dtype, torch.bool):
+        return found
+    found = mask(*_grid(q, q_positions, k_positions))
+    if on_cpu(q):
+        found = torch.where(found, 0.0, -math.inf).to(q.dtype)
+    _told[mask] = q_positions, k_positions, found
+    return found
 
 
 @register("model/kernel", "flex")

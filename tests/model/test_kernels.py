@@ -10,6 +10,8 @@ from torch import Tensor
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component, components, load_components
 from gptlab.config.schema import ModelConfig
+from gptlab.model.context import Context
+from gptlab.model.mask import Mask, within_documents
 from gptlab.model.transformer import Transformer, new_model
 
 load_components()
@@ -163,3 +165,25 @@ def test_flex_decodes_many_lengths_on_the_cpu() -> None:
 def test_flex_refuses_a_gradient_on_the_cpu_and_names_the_others() -> None:
     with pytest.raises(ConfigError, match=r"model/kernel=flex.*CPU.*sdpa or naive"):
         model("flex", "none")(tokens())
+
+
+def test_the_layers_of_a_pass_ask_a_mask_once_and_the_next_pass_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(Context, "within", lambda self, mask: self.masks.setdefault(mask, _counting(mask, self.document, asked)))
+    made, plain = model("sdpa", "rotary"), model("naive", "rotary")
+    for document in (DOCUMENT, DOCUMENT.flip(0), DOCUMENT):
+        asked.clear()
+        found = full(made, tokens(), document=document)
+        assert len(asked) == 1, "two layers, one mask"
+        torch.testing.assert_close(found, full(plain, tokens(), document=document))
+
+
+def _counting(mask: Mask, document: Tensor | None, asked: list[Mask]) -> Mask:
+    assert document is not None
+    within = within_documents(mask, document)
+
+    def counted(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        asked.append(mask)
+        return within(b, h, i, j)
+
+    return counted
