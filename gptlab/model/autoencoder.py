@@ -23,14 +23,14 @@ class SparseAutoencoder(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, width: int, features: int, active: int) -> None:
+    def __init__(self, width: int, features: int, active: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.active = active
-        self.encoder = nn.Linear(width, features)
-        self.directions = nn.Parameter(torch.empty(features, width))
-        self.offset = nn.Parameter(torch.zeros(width))
-        self.register_buffer("center", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(()))
+        self.encoder = nn.Linear(width, features, device=device)
+        self.directions = nn.Parameter(torch.empty(features, width, device=device))
+        self.offset = nn.Parameter(torch.zeros(width, device=device))
+        self.register_buffer("center", torch.zeros(width, device=device))
+        self.register_buffer("scale", torch.ones((), device=device))
 
     @torch.no_grad()
     def initialise(self, draw: torch.Generator) -> SparseAutoencoder:

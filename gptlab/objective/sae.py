@@ -61,8 +61,8 @@ class SAE(Objective):
         if self.active > features:
             raise ConfigError(f"objective.active={self.active} is more than the {features} features there are")
         model.requires_grad_(False)
-        made = SparseAutoencoder(seen.shape[-1], features, self.active)
-        model.autoencoder = made.initialise(drawn_from(seed, "autoencoder.directions")).to(device)
+        made = SparseAutoencoder(seen.shape[-1], features, self.active, device)
+        model.autoencoder = made.initialise(drawn_from(seed, "autoencoder.directions"))
         self._autoencoder = [made]
 
     def begin(self, training: Training) -> None:

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 
 from gptlab import compose, load, train
 from gptlab.config.errors import ConfigError
+from gptlab.config.resolve import resolve
+from gptlab.hardware.device import machine
 from gptlab.interpret import autoencoder, judge_autoencoder, run_with, top_texts
 from gptlab.interpret.features import has_autoencoder
 from gptlab.interpret.units import excited
 from gptlab.model.autoencoder import PREFIX, SparseAutoencoder
 from gptlab.runner.checkpoint import checkpoints, load_model, step_of
+from gptlab.runner.memory import forecast_memory
 from gptlab.runner.run import Run
 
 CONTEXT = 16
@@ -133,6 +136,11 @@ def test_an_autoencoder_finds_the_directions_that_made_its_input() -> None:
 def test_what_cannot_be_looked_into_is_refused(base: Run, corpus_file: Path, more: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         train(compose(looking(base, corpus_file, *more)))
+
+
+def test_memory_is_forecast(base: Run, corpus_file: Path) -> None:
+    config = resolve(compose(looking(base, corpus_file, "hardware.device=cpu")), machine())
+    assert forecast_memory(config, 256, process=0).activations > 0
 
 
 def test_a_run_without_an_autoencoder_is_told_what_makes_one(base: Run) -> None:
