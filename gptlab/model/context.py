@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -54,6 +55,8 @@ class Context:
         """`mask` within the documents, if there are any: one object for all layers, of which a kernel may keep what it said."""
         if self.document is None:
             return mask
+        if torch.compiler.is_compiling():
+            return within_documents(mask, self.document)
         if mask not in self.masks:
             self.masks[mask] = within_documents(mask, self.document)
         return self.masks[mask]

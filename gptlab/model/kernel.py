@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
 from gptlab.model.dropout import drop
-from gptlab.model.mask import Mask, causal, everything
+from gptlab.model.mask import Mask, causal, everything, written_out
 from gptlab.model.path import on_cpu
 from gptlab.model.position import ScoreBias
 
@@ -163,21 +162,16 @@ class SDPA:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=grouped)
 
 
-# Of each mask the places it was last asked about, and what it said: the layers of a pass all ask the same.
-_told: WeakKeyDictionary[Mask, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
-
-
 def _allowed_places(mask: Mask, q: Tensor, q_positions: Tensor, k_positions: Tensor) -> Tensor:
     """Where queries may look, (b or 1, 1, t, s), as the device's kernel has it: a bool, and on a CPU 0 or -inf, which it adds as it is."""
-    if torch.compiler.is_compiling():
-        return mask(*_grid(q, q_positions, k_positions))
-    asked_q, asked_k, found = _told.get(mask, (None, None, None))
-    if found is not None and asked_q is q_positions and asked_k is k_positions and found.dtype in (q.dtype, torch.bool):
-        return found
+    held = None if torch.compiler.is_compiling() or q_positions is not k_positions else written_out.get(mask)
+    if held and held[0].dtype in (q.dtype, torch.bool):
+        return held[0]
     found = mask(*_grid(q, q_positions, k_positions))
-    if on_cpu(q):
+    if on_cpu(q) and not torch.compiler.is_compiling():
         found = torch.where(found, 0.0, -math.inf).to(q.dtype)
-    _told[mask] = q_positions, k_positions, found
+    if held is not None:
+        held[:] = [found]
     return found
 
 

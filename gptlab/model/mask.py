@@ -6,6 +6,7 @@ Broadcast by the naive and SDPA kernels, used as `mask_mod` by FlexAttention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Of each mask that is made for one pass what a kernel wrote out, for the layers behind it; gone with the mask. One that a layer keeps for
+# ever is not among them: what it says of long rows would be held for ever, too.
+written_out: WeakKeyDictionary[Mask, list[Tensor]] = WeakKeyDictionary()
 
 
 def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
@@ -47,4 +51,6 @@ def within_documents(mask: Mask, starts: Int[Tensor, "b t"]) -> Mask:
     def separated(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Bool[Tensor, " ..."]:
         return mask(b, h, i, j) & (j >= starts[b, i])
 
+    if not torch.compiler.is_compiling():
+        written_out[separated] = []
     return separated
