@@ -101,7 +101,8 @@ class Engine:
                     for n in range(i * copies, (i + 1) * copies):
                         self._begin(prompts[i], settings[n], numbers[n], top)
                 read.append(self._read([prompts[i][-length:] for i in part], copies))
-        self._join(*read)
+        if read:
+            self._join(*read)
 
     def take(
         self, prompt: Sequence[int], reading: Reading, settings: Sequence[Sampling], numbers: Sequence[int], *, top: int | None = None
