@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import wandb
 
 from gptlab import compose, train
 from gptlab.config.errors import ConfigError, GptlabError
@@ -52,6 +53,7 @@ def test_no_file_of_a_run_or_its_mirror_holds_a_secret_of_the_environment(
     with pytest.raises(GptlabError):  # a traceback stands in log.txt
         train(compose([*own, "seed=1", "+callback@callbacks.fault=raise_at"]))
     assert train(compose(own)).state == "done"
+    wandb.teardown()  # the client's own process has written all of its files then
     done, failed = sorted(all_runs(), key=lambda r: r.config().seed)
     assert "Traceback" in (failed.directory / "log.txt").read_text()
     assert list(done.directory.glob("wandb/offline-run-*/*.wandb"))

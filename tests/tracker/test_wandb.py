@@ -138,6 +138,7 @@ def test_what_is_measured_afterwards_comes_to_its_summary(corpus_file: Path, onl
 def test_offline_it_lies_in_files_for_the_same_run(corpus_file: Path) -> None:
     run = train(compose(tiny(corpus_file, "study=judged", "tracker=offline"))).run
     add_figures(run, {"eval/english/acc": 0.61})
+    wandb.teardown()  # as a program's end does: the client's own process writes the last records, and `finish` does not wait for that
     files = sorted((run.directory / "wandb").glob("offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-judged-{run.identity}.wandb"] * 2
     assert any(b"eval/english/acc" in file.read_bytes() for file in files)
