@@ -18,6 +18,7 @@ from torch import Tensor
 from gptlab.config.errors import ConfigError
 from gptlab.config.record import record
 from gptlab.config.registry import register
+from gptlab.config.schema import Config
 from gptlab.data.conversations import Conversations
 from gptlab.data.loader import Batch, batch_of, held_out_chats, held_out_rows
 from gptlab.data.prepared import Prepared
@@ -71,7 +72,7 @@ class DPO(Adapting):
         self._first: Transformer | None = None  # kto asks it about answers that no pair has
         self.baseline = torch.zeros(())
 
-    def check(self, data: Prepared) -> None:
+    def check(self, data: Prepared, config: Config) -> None:
         if not data.pairs or data.parts:
             raise ConfigError("objective=dpo learns from pairs of answers; choose data/corpus=preferences or data=ultrafeedback")
 

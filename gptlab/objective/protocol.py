@@ -61,8 +61,8 @@ class Objective:
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def check(self, data: Prepared) -> None:
-        """Raise ConfigError for data that it cannot learn from."""
+    def check(self, data: Prepared, config: Config) -> None:
+        """Raise ConfigError for data, or a beginning, that it cannot learn from. Nothing of the run has been made yet."""
         if data.pairs:
             raise ConfigError(
                 "this data is pairs of a better and a worse answer, which objective=dpo learns from; "

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register, suggest
+from gptlab.config.schema import Config
 from gptlab.data.loader import Batch, held_out_batches
+from gptlab.data.prepared import Prepared
 from gptlab.model.autoencoder import SparseAutoencoder
 from gptlab.model.init import drawn_from
 from gptlab.model.transformer import Transformer
@@ -44,6 +46,11 @@ class SAE(Objective):
         self._autoencoder: list[SparseAutoencoder] = []  # in a list: it is the model's part, and not this objective's
         self._reading = False
 
+    def check(self, data: Prepared, config: Config) -> None:
+        super().check(data, config)
+        if not config.trainer.init_from and not config.trainer.start:
+            raise ConfigError("objective=sae looks into a model that is trained already: give trainer.init_from=RUN")
+
     def adapt(self, model: Transformer, seed: int, new_tokens: int) -> None:
         modules = {path: module for path, module in model.named_modules() if path and not isinstance(module, nn.ModuleList)}
         if self.activation not in modules:
@@ -66,8 +73,6 @@ class SAE(Objective):
         self._autoencoder = [made]
 
     def begin(self, training: Training) -> None:
-        if not training.config.trainer.init_from and not training.config.trainer.start:
-            raise ConfigError("objective=sae looks into a model that is trained already: give trainer.init_from=RUN")
         if training.number:
             return  # center and scale came with the checkpoint
         self._autoencoder[0].standardise(self._held_out(training, SEEN))

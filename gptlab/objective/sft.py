@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
+from gptlab.config.schema import Config
 from gptlab.data.loader import Batch
 from gptlab.data.prepared import Prepared
 from gptlab.model.lora import add_adapters
@@ -70,8 +71,8 @@ class SFT(Adapting):
         """Chats are told apart, and their tokens weighed."""
         return Batch(batch.inputs, batch.targets, torch.ones_like(batch.inputs, dtype=torch.float32), torch.zeros_like(batch.inputs))
 
-    def check(self, data: Prepared) -> None:
-        super().check(data)
+    def check(self, data: Prepared, config: Config) -> None:
+        super().check(data, config)
         if not data.chat:
             raise ConfigError(
                 "objective=sft learns from an assistant's answers, and this data is text; choose data/corpus=chat, or objective=lm"

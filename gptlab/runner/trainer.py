@@ -75,7 +75,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(model)
         self.parameters = count_parameters(model)["total"]
         self.objective = hooked(build(config.objective))
-        self.objective.check(data)
+        self.objective.check(data, config)
         self.objective.adapt(model, init_seed, inherit.new_tokens(config, data.vocabulary))
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)

@@ -19,7 +19,7 @@ from gptlab.interpret.units import excited
 from gptlab.model.autoencoder import PREFIX, SparseAutoencoder
 from gptlab.runner.checkpoint import checkpoints, load_model, step_of
 from gptlab.runner.memory import forecast_memory
-from gptlab.runner.run import Run
+from gptlab.runner.run import Run, all_runs
 
 CONTEXT = 16
 SIZES = ["tracker=none", "model.width=16", "model.heads=2", "model.depth=2", f"model.context_length={CONTEXT}", "trainer.batch_tokens=128",
@@ -134,8 +134,10 @@ def test_an_autoencoder_finds_the_directions_that_made_its_input() -> None:
     ],
 )
 def test_what_cannot_be_looked_into_is_refused(base: Run, corpus_file: Path, more: list[str], why: str) -> None:
+    before = len(all_runs())
     with pytest.raises(ConfigError, match=why):
         train(compose(looking(base, corpus_file, *more)))
+    assert len(all_runs()) == before, "nothing is made of a run that is refused"
 
 
 def test_memory_is_forecast(base: Run, corpus_file: Path) -> None:
