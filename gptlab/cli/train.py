@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from gptlab.study.live import LiveTable
 from gptlab.tracker.console import complain, console, say
 
 RERUN, SIZE = "GPTLAB_RERUN", "GPTLAB_LAUNCH_SIZE"
+MULTIRUN = {"-m", "--multirun"}
 
 
 def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
@@ -58,8 +59,9 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
         shows_only = any(a in ("-h", "--help", "--hydra-help") or a.startswith(("-c", "--cfg", "-i", "--info", "-sc")) for a in passed)
         asked, live = (Sweep(False, None), contextlib.nullcontext()) if shows_only else _expect(passed, stack)
         outcomes = stack.enter_context(_launch_folder(runs_root() / ".launch" if asked.elsewhere else None))
+        only_overrides = all(_is_override(a) or a in MULTIRUN for a in passed)
         with live:
-            _run_hydra(passed)
+            _run_hydra(passed, asked.launch if only_overrides else None)
         if any(a in ("-c", "--cfg") or a.startswith("--cfg=") for a in passed):
             print("# components: " + " ".join(compose.chosen([a for a in passed if _is_override(a)])))
         results = _read(outcomes)
@@ -82,7 +84,7 @@ def train(arguments: Sequence[str], *, conclude: bool = True) -> int:
 def _expect(passed: Sequence[str], stack: contextlib.ExitStack) -> tuple[Sweep, contextlib.AbstractContextManager[object]]:
     """What is asked for; of a sweep its size is noted, where that is known beforehand, and of arms how they are judged. The table of arms
     to be shown."""
-    multirun = bool({"-m", "--multirun"} & set(passed))
+    multirun = bool(MULTIRUN & set(passed))
     asked = sweep([a for a in passed if _is_override(a)], multirun=multirun)
     if asked.size and asked.swept:
         stack.enter_context(environment(SIZE, str(asked.size)))
@@ -164,11 +166,14 @@ def _launch_folder(shared: Path | None) -> Iterator[Path]:
                 shared.rmdir()
 
 
-def _run_hydra(arguments: list[str]) -> None:
+def _run_hydra(arguments: list[str], launch: Callable[[Callable[[DictConfig], Any]], None] | None) -> None:
     application = hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")(task)
     before, sys.argv = sys.argv, ["gptlab train", *arguments]
     try:
-        application()
+        if launch is None:
+            application()
+        else:
+            launch(task)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     except _Leave:

@@ -35,6 +35,13 @@ _NAMELESS = ("study", "name", "arm", "tracker", "hardware.device", "hardware.thr
              "callbacks", "callback", "data.corpus.path", "data.corpus.sources", "hydra")  # fmt: skip
 
 
+_SWEEPERS = {
+    "arms": sweeper.ArmsConfig,
+    "optuna": search.OptunaConfig,
+    "halving": halving.HalvingConfig,
+    "stages": stages.StagesConfig,
+}
+
 Inherit = Callable[[Config, Sequence[str]], Config]
 _INHERIT: list[Inherit] = []
 
@@ -49,13 +56,11 @@ def prepare() -> None:
     """Load every component and make it known to Hydra. Safe to call again."""
     load_components()
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    _offer(store, "", "schema", Config)
     for component in components():
-        store.store(group=component.slot.path, name=component.name, node=component.options)
-    store.store(group="hydra/sweeper", name="arms", node=sweeper.ArmsConfig, provider="gptlab")
-    store.store(group="hydra/sweeper", name="optuna", node=search.OptunaConfig, provider="gptlab")
-    store.store(group="hydra/sweeper", name="halving", node=halving.HalvingConfig, provider="gptlab")
-    store.store(group="hydra/sweeper", name="stages", node=stages.StagesConfig, provider="gptlab")
+        _offer(store, component.slot.path, component.name, component.options)
+    for name, options in _SWEEPERS.items():
+        _offer(store, "hydra/sweeper", name, options)
     for plugin in (ExperimentSource, ExperimentSearchPath):
         Plugins.instance().register(plugin)
     sweepers = {sweeper.TARGET: sweeper.ArmSweeper, search.TARGET: search.OptunaSweeper, halving.TARGET: halving.HalvingSweeper}
@@ -63,6 +68,16 @@ def prepare() -> None:
     store_cluster(store)
     # An error of ours is one sentence; Hydra's own printing would come before it.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def _offer(store: ConfigStore, group: str, name: str, options: type[Any]) -> None:
+    """Make `group=name` an option, unless it is one already: a store takes as long as ten lookups."""
+    known = store.repo
+    for part in filter(None, group.split("/")):
+        known = known.get(part, {})
+    node = known.get(f"{name}.yaml")
+    if node is None or OmegaConf.get_type(node.node) is not options:
+        store.store(group=group or None, name=name, node=options, provider="gptlab")
 
 
 def compose(overrides: Sequence[str] = (), *, name: str | None = None) -> Config:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -19,6 +21,7 @@ from gptlab.config import cluster, halving, search, stages
 from gptlab.config.compose import prepare, without_environment
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import check_overrides, explain
+from gptlab.config.launch import JOB_NAME, launch
 from gptlab.config.sources import config_dir
 from gptlab.config.sweeper import Study, study_of
 
@@ -35,7 +38,8 @@ class Point:
 class Sweep:
     """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms; `search`: the sweeper
     that chooses as it goes; `stages`: of runs that begin with one another's weights; `size`: how many runs there will be (0: not known);
-    `elsewhere`: on other machines, which share the runs' folder and not this one's temporary files."""
+    `elsewhere`: on other machines, which share the runs' folder and not this one's temporary files; `launch`: does it, with the function of
+    one run; None where Hydra's own command line has something to say about it."""
 
     swept: bool
     points: list[Point] | None
@@ -45,6 +49,7 @@ class Sweep:
     stages: bool = False
     size: int = 0
     elsewhere: bool = False
+    launch: Callable[[Callable[[DictConfig], Any]], None] | None = field(default=None, repr=False, compare=False)
 
 
 def points(overrides: Sequence[str], *, what: str) -> list[Point]:
@@ -64,17 +69,29 @@ def sweep(overrides: Sequence[str], *, multirun: bool = False) -> Sweep:
     check_overrides(overrides)
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        with initialize_config_dir(str(config_dir()), version_base="1.3", job_name=JOB_NAME):
             running = GlobalHydra.instance().hydra
             assert running is not None
             loader = running.config_loader
-            composed = running.compose_config("config", list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False)
+            given = [*overrides, "hydra.mode=MULTIRUN"] if multirun else list(overrides)
+            composed = running.compose_config("config", given, RunMode.MULTIRUN, validate_sweep_overrides=False)
             found = _asked(loader, composed, overrides, multirun)
-            return replace(found, elsewhere=str(composed.hydra.launcher.get("_target_", "")).endswith(cluster.TARGET))
+            elsewhere = str(composed.hydra.launcher.get("_target_", "")).endswith(cluster.TARGET)
+            legal = _legal(loader, composed, given)
+            return replace(found, elsewhere=elsewhere, launch=partial(launch, loader, composed) if legal else None)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _legal(loader: ConfigLoader, composed: DictConfig, overrides: Sequence[str]) -> bool:
+    """Whether Hydra would launch this without a word: no group is left open, and nothing is swept that cannot be."""
+    swept = [o for o in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)) if o.is_sweep_override()]
+    if composed.hydra.mode == RunMode.MULTIRUN:
+        return not any(o.is_hydra_override() for o in swept)
+    choices = composed.hydra.runtime.choices
+    return not swept and not any(OmegaConf.is_missing(choices, group) for group in choices)
 
 
 def _asked(loader: ConfigLoader, composed: DictConfig, overrides: Sequence[str], multirun: bool) -> Sweep:
