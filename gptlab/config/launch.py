@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -13,6 +14,27 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 JOB_NAME = "train"
+MOST_REMEMBERED = 1000  # jobs, of a fifth of a megabyte each
+
+
+class _Loader(ConfigLoaderImpl):  # type: ignore[misc]
+    """Composes the jobs of a sweep, each of them once: a sweeper composes a job to see whether it is legal, and a launcher to run it."""
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        super().__init__(loader.get_search_path())
+        self._looked_at: dict[tuple[str, ...], DictConfig] = {}
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        job = tuple(sweep_overrides)
+        if job in self._looked_at:
+            return self._looked_at.pop(job)
+        composed: DictConfig = super().load_sweep_config(master_config, sweep_overrides)
+        if len(self._looked_at) < MOST_REMEMBERED:
+            self._looked_at[job] = composed
+        return composed
+
+    def __getstate__(self) -> dict[str, Any]:  # for the processes of a launcher
+        return self.__dict__ | {"_looked_at": {}}
 
 
 class _Composed(Hydra):  # type: ignore[misc]
@@ -30,7 +52,7 @@ class _Composed(Hydra):  # type: ignore[misc]
 
 def launch(loader: ConfigLoader, composed: DictConfig, task: Callable[[DictConfig], Any]) -> None:
     """Run `task` as `hydra.main` would: once, or, where hydra.mode says so, by the sweeper. `loader` composes the jobs of a sweep."""
-    hydra = _Composed(loader, composed)
+    hydra = _Composed(_Loader(loader), composed)
     GlobalHydra.instance().initialize(hydra)
     try:
         begin = hydra.multirun if composed.hydra.mode == RunMode.MULTIRUN else hydra.run

@@ -12,6 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from gptlab.config import launch as launching
 from gptlab.config.sources import config_dir
 from gptlab.config.sweep import sweep
 
@@ -80,3 +81,17 @@ def test_one_run_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *a, **o: composed.append(a) or load(*a, **o))  # type: ignore[func-returns-value]
     assert len(by_us("seed=3")) == 1
     assert len(composed) == 1
+
+
+def test_each_job_of_a_sweep_is_composed_once_and_is_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GPTLAB_LAUNCH", str(tmp_path))
+    composed = []
+    load = ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", lambda *a, **o: composed.append(a) or load(*a, **o))  # type: ignore[func-returns-value]
+    for limit, times in ((1000, 4), (1, 6)):
+        monkeypatch.setattr(launching, "MOST_REMEMBERED", limit)
+        composed.clear()
+        jobs = by_us("-m", "seed=0,1,2")
+        assert [config["seed"] for _, config in jobs] == [0, 1, 2]
+        assert [hydra["job"]["num"] for hydra, _ in jobs] == [0, 1, 2]
+        assert len(composed) == times, "the sweep itself, and each job; a second time what was not remembered"
