@@ -314,7 +314,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        print(f"gptlab: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print(f"gptlab: {error.filename or 'what it prints'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(74)
 
 

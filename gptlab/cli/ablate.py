@@ -21,7 +21,7 @@ from gptlab.cli.tune import parse_tune, tuned
 from gptlab.config import codec
 from gptlab.config.arms import Arm, axis, named
 from gptlab.config.compose import compose
-from gptlab.config.errors import ConfigError
+from gptlab.config.errors import ConfigError, DivergedError
 from gptlab.config.resolve import parse_duration, resolve
 from gptlab.config.schema import NOT_IDENTITY, Config
 from gptlab.config.slots import SLOTS
@@ -157,8 +157,11 @@ def _plan(study: Study, data: Sequence[Prepared]) -> list[Planned]:
         missing = len(study.seeds) - done
         seconds = None
         if missing:
-            made = forecast(config, text, seconds=max(1.0, FORECAST_SECONDS / len(composed)), process=process)
-            seconds = made.seconds.total if made.seconds else None
+            try:
+                made = forecast(config, text, seconds=max(1.0, FORECAST_SECONDS / len(composed)), process=process)
+                seconds = made.seconds.total if made.seconds else None
+            except DivergedError:  # its first step does: its own run says so, and the other arms go on
+                pass
         model = meta_model(final.model, text.vocabulary)
         found.append(
             Planned(

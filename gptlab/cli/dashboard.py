@@ -54,6 +54,7 @@ def dashboard(study: str, name: str, overrides: Sequence[str], *, entity: str | 
             failure = error
     target = file or study_folder(study) / FILE
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(spec(made, entity or ""), indent=1), encoding="utf-8")
     except OSError as error:
         raise IOFailure(f"{target}: {error.strerror}") from error

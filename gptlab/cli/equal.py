@@ -50,7 +50,7 @@ def _per_step(arm: Arm, unit: str) -> float:
             least = min(float(s.get("machine/other_load", 1.0)) for s in arm.summaries.values())
             raise ConfigError(
                 f"--budgets seconds: no run of the arm {arm.label!r} had the machine to itself (other work took {least:.0%} of it at the "
-                "least): leave seconds out, or train again with --rerun while nothing else runs"
+                "least): leave seconds out, or remove its runs (gptlab runs rm RUN) and ablate again while nothing else runs"
             )
     return sum(float(s[unit]) / float(s["step"]) for s in summaries) / len(summaries)
 
@@ -61,9 +61,13 @@ def at_equal(study: Study, name: str, units: Sequence[str]) -> int:
     arms = [arm for arm in collect(name)[0] if arm.label in own]
     base = next(arm for arm in arms if arm.label == (study.options.baseline or study.arms[0].label))
     found: dict[str, Comparison] = {}
-    code = 0
+    code, unknown = 0, None
     for unit in units:
-        steps = equal_steps(arms, base, unit)
+        try:
+            steps = equal_steps(arms, base, unit)
+        except ConfigError as error:  # the other units are known
+            unknown = error
+            continue
         place = name if all(steps[a.label] == _steps(a) for a in arms) else f"{name}-{unit}"
         if place != name:
             say(f"\nequal {unit}: " + ", ".join(f"{label} {count:,} steps" for label, count in steps.items()))
@@ -73,7 +77,10 @@ def at_equal(study: Study, name: str, units: Sequence[str]) -> int:
             ]
             code = max(code, train(study.arguments(place, arms=lengthened), conclude=False))
         found[unit] = compare(place)
-    _show(name, found)
+    if found:
+        _show(name, found)
+    if unknown is not None:
+        raise unknown
     return code
 
 

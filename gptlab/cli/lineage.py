@@ -11,8 +11,7 @@ from rich.table import Table
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component_of, load_components
-from gptlab.runner.inherit import PARENT
-from gptlab.runner.run import Run, find_run
+from gptlab.runner.run import PARENT, Run, find_run
 from gptlab.tracker.console import console, say
 
 

@@ -213,7 +213,8 @@ def _verdict(made: Forecast) -> None:
 
 def _show_sweep(found: Sequence[Point], forecasts: Sequence[Forecast], price: Price | None) -> None:
     first = forecasts[0]
-    say(f"{len(found)} runs: {first.device}, {first.config.hardware.precision}")
+    formats = dict.fromkeys(made.config.hardware.precision for made in forecasts)
+    say(f"{len(found)} runs: {first.device}, {' and '.join(formats)}")
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("run", overflow="fold")
     for name in ("parameters", "memory GB", "time", *(["cost"] if price else [])):

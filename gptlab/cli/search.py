@@ -37,7 +37,9 @@ def _show_trials(study: str) -> None:
         say(("no trial was trained to its end", "yellow"))
         return
     axes = sorted(done[0].params)
-    shown = Table(box=box.SIMPLE, title=f"{study}: {len(done)} trials by val/loss at the last step", title_justify="left")
+    shown = Table(
+        box=box.SIMPLE, title=f"{study}: {len(done)} trial{'s' * (len(done) != 1)} by val/loss at the last step", title_justify="left"
+    )
     shown.add_column("trial", justify="right")
     for axis in axes:
         shown.add_column(short_key(axis))
@@ -58,8 +60,10 @@ def _show_trials(study: str) -> None:
     base = next((t for t in trials if t.number == 0 and t.system_attrs.get("fixed_params")), None)
     if base is not None and base.value is not None:
         gained = base.value - done[0].value
-        better = f"the best is {gained:.4f} below the settings as configured, by one seed of each"
-        say(better if gained > 0 else "nothing beat the settings as configured")
+        if gained <= 0:
+            say("nothing beat the settings as configured")
+            return
+        say(f"the best is {gained:.4f} below the settings as configured, by one seed of each")
     _say_further(overrides_of(done[0].params))
 
 

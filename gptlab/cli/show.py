@@ -10,6 +10,7 @@ from typing import Any
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import load_components
+from gptlab.study.compare import collect
 from gptlab.study.compare import compare as compare_study
 from gptlab.study.page import write_page
 from gptlab.study.pairing import markdown as pairing_markdown
@@ -18,7 +19,7 @@ from gptlab.study.pairing import table as pairing_table
 from gptlab.study.power import markdown as power_markdown
 from gptlab.study.power import power_of
 from gptlab.study.power import table as power_table
-from gptlab.study.report import csv_table, draw_curves, markdown, show
+from gptlab.study.report import check_curves, csv_table, draw_curves, markdown, show
 from gptlab.tracker.console import console, say
 from gptlab.tracker.jsonl import finite
 
@@ -45,6 +46,8 @@ def compare(
     if metrics and png is None:
         raise ConfigError("--metric goes with --png FILE, and says what is drawn there")
     found = compare_study(study, baseline=baseline, target=target, effect=effect)
+    if png is not None:
+        check_curves(study, collect(study)[0], png, metrics)
     gains = pairing(found.study, baseline=baseline) if paired else []
     powers = power_of(found.study, baseline=baseline, effect=effect) if resampled else []
     within, within_notes = _within(found.study, baseline) if inspected else ([], [])

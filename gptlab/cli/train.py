@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gptlab.config import compose
 from gptlab.config.errors import ConfigError, GptlabError, Pruned, Stopped
 from gptlab.config.explain import check_overrides, explain, references_as_text
-from gptlab.config.folders import runs_root
+from gptlab.config.folders import RUNS_TOO, runs_root
 from gptlab.config.registry import suggest
 from gptlab.config.schema import Config
 from gptlab.config.sources import config_dir
@@ -123,7 +123,7 @@ def _scratch() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="gptlab-scratch-")
     say((f"scratch runs in {folder}, deleted at the end unless one fails", "dim"))
     try:
-        with environment("GPTLAB_RUNS", folder):
+        with environment(RUNS_TOO, str(runs_root().resolve())), environment("GPTLAB_RUNS", folder):
             yield
     except BaseException:
         if os.listdir(folder):

@@ -41,7 +41,7 @@ def jobs_of(sweeper: DictConfig, arguments: Sequence[str], parser: OverridesPars
     stages: Any = OmegaConf.to_container(sweeper.stages, resolve=True)
     if not stages:
         raise ConfigError("hydra.sweeper.stages is empty; give each stage its overrides, as +hydra.sweeper.stages.base='data=pydocs'")
-    for override in parser.parse_overrides(list(arguments)):
+    for override in parser.parse_overrides([*arguments, *(o for text in stages.values() for o in shlex.split(text))]):
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line}: hydra/sweeper=stages runs its stages once; give one value")
     own = [a for a in arguments if not a.lstrip("+").startswith(("hydra.sweeper", "hydra/sweeper"))]

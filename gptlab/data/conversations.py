@@ -70,13 +70,16 @@ class Conversations:
         self.stream, self.own = data.stream(split), data.written(split)
         self.context, self.seed, self.pairs, self.data = context, seed, data.pairs, data
         self.starts = self.stream.document_starts()
-        self.fitted = self._fit(np.diff([*self.starts, len(self.stream)]).astype(np.int64), too_long, split)
+        whole = np.diff([*self.starts, len(self.stream)]).astype(np.int64)
+        needed = (whole.reshape(-1, 2).sum(1) if self.pairs else whole) - 1
+        self.fitted = self._fit(whole, too_long, split)
         units = self.fitted.lengths.reshape(-1, 2).sum(1) if self.pairs else self.fitted.lengths
         self.rows = pack_whole(units, context + 1) if packed else [[i] for i in np.flatnonzero(units).tolist()]
         self.most = max((len(row) for row in self.rows), default=0)  # units of a row
         if not self.rows:
+            what = f"{len(needed):,} {'pairs of answers' if self.pairs else 'chats'} ({split})"
             raise DataError(
-                f"{data.folder}: of {len(self.starts):,} chats none fits model.context_length={context} with an answer; use a longer one"
+                f"of {what} none fits model.context_length={context} with an answer; the shortest takes {int(needed.min(initial=0)):,}"
             )
 
     def _fit(self, lengths: Tokens, too_long: str, split: str) -> Fitted:

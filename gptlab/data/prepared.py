@@ -159,6 +159,12 @@ class Prepared:
         counts: dict[str, Any] = self.manifest["splits"][split]
         return counts
 
+    @property
+    def broken_rows(self) -> int:
+        """Rows of the sources whose text could not be read."""
+        parts = self.parts.values() or [self]
+        return sum(part.split_counts(split).get("skipped", {}).get("broken", 0) for part in parts if not part.task for split in part.splits)
+
     def close(self) -> None:
         """Stop what goes on in the background."""
         for part in self.parts.values():

@@ -75,7 +75,7 @@ class CharTokenizer:
             at = int(np.argmax(ids < 0))
             shown = "".join(c for c in self.characters if c.isprintable())[:100]
             raise ConfigError(
-                f"the character {text[at]!r} at place {at} is not among the {self.vocabulary} characters the tokeniser knows: {shown}"
+                f"the character {text[at]!r} at place {at + 1} is not among the {self.vocabulary} characters the tokeniser knows: {shown}"
             )
         return ids.astype(np.uint32)
 

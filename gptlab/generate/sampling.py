@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gptlab.config.errors import ConfigError
+from gptlab.config.errors import ConfigError, DivergedError
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def distribution(
             logits[row, known] = torch.where(old > 0, old / settings.repetition_penalty, old * settings.repetition_penalty)
     v = logits.shape[-1]
     if settings.temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.ones_like(best, dtype=torch.float32), best
+        value, best = logits.max(-1, keepdim=True)
+        return 1 + 0 * value, best  # no number where the score is none
     logits = logits / settings.temperature
     if 0 < settings.top_k < v:
         logits, places = logits.topk(settings.top_k)
@@ -101,6 +101,8 @@ def draw(
     for shape, rows in groups.items():
         of = logits if len(rows) == len(settings) else logits[rows]
         p, places = distribution(of, shape, [seen[row] for row in rows] if seen else ())
+        if p[:, 0].isnan().any():
+            raise DivergedError("what the model says of the next token is not a number: the training that made its weights has diverged")
         if shape.temperature == 0:
             chosen = places[:, 0]
         else:

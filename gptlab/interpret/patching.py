@@ -41,7 +41,10 @@ class Patched:
 
     @property
     def recovered(self) -> Float[Tensor, "r c"]:
-        """0 where the target run stayed as it was, 1 where it came to say what the source run says."""
+        """0 where the target run stayed as it was, 1 where it came to say what the source run says. Raises ConfigError where both say the
+        same."""
+        if self.of_source == self.of_target:
+            raise ConfigError(f"{self.measure} is {self.of_source:.4g} in both runs, so that nothing can be recovered: take other prompts")
         return (self.values - self.of_target) / (self.of_source - self.of_target)
 
     def frame(self) -> pd.DataFrame:

@@ -107,8 +107,10 @@ def length(*, least: int = 1, most: int = 100, slope: int = 0) -> Reward:
 
 @register("objective/reward", "format")
 def format(*, tags: tuple[str, ...] = ("think", "answer"), ended: bool = True) -> Reward:
-    """1 where the completion is `<think>…</think><answer>…</answer>`: these `tags` in this order, each once, with nothing beside them but
-    white space, and (`ended`) ended by itself."""
+    """1 where the completion is `<think>…</think><answer>…</answer>`: these `tags` in this order, each once, nothing beside them.
+
+    White space beside them is allowed; `ended`: it must have ended by itself, too.
+    """
     if not tags:
         raise ConfigError("reward=format: tags is empty; name at least one")
     inside = r"((?:(?!</?(?:" + "|".join(map(re.escape, tags)) + r")>).)*)"

@@ -64,6 +64,7 @@ class Evaluation(Callback):
                 average = measure(trainer.model, trainer.data, trainer.config, trainer.world)
             found |= {averages.beside + name.removeprefix("val"): value for name, value in average.items()}
         trainer.record(found)
+        trainer.guard.judge_held_out(float(found["val/loss"]))
 
 
 @register("callback", "checkpoint")

@@ -37,6 +37,7 @@ from gptlab.runner.validation import EVALUATION_TOKENS, scored
 
 TIMED_SECONDS = 20.0  # that the timed steps of one run take at most, about
 MOST_STEPS = 40
+TIMED_RATE = 1e-12  # of learning, while steps are timed
 FORWARD_SHARE = 1 / 3  # of a training step's work: its backward pass takes twice as much
 COPIED, WRITTEN = 2e9, 0.5e9  # bytes a second of a checkpoint: copied while training waits, and written at the end of a run
 SAMPLE_SECONDS = 0.02  # a sampled token on a card: launches, since its products are nothing there
@@ -218,6 +219,7 @@ def _timed(config: Config, data: Prepared | None, vocabulary: int, seconds: floa
     known = data is not None
     with own_randomness(), restored(), tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
         trainer = Trainer(bare, data if data is not None else _stand_in(config, vocabulary), Run(Path(folder)))
+        trainer.rates = [TIMED_RATE for _ in trainer.rates]  # a run that diverges takes its time all the same
         trainer.model.train()
         for callback in trainer.callbacks:
             callback.on_start(trainer)

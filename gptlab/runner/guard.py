@@ -80,17 +80,28 @@ class Guard:
         self._say(f"step {trainer.state.step + 1}: the loss {loss:.4f} is {above:.1f} standard deviations above the recent ones")
         return {"train/spike": above}
 
+    def judge_held_out(self, loss: float) -> None:
+        """Raises DivergedError where the last update has spoilt the weights. With batches to pass over, the next step says so, if there is
+        one."""
+        trainer = self.trainer
+        if not math.isfinite(loss) and (trainer.finished or trainer.config.trainer.on_nonfinite == "stop"):
+            raise DivergedError(f"the held-out loss is {loss} after step {trainer.state.step}; {self._kept()}")
+
+    def _kept(self) -> str:
+        """What is left of a run that ends here, and what may help."""
+        self.trainer.writer.close()
+        kept = checkpoint.checkpoints(self.trainer.run.checkpoints)
+        left = f"{kept[0].name} is kept" if kept else "no checkpoint had been saved yet"
+        return f"{left}; a lower optimizer.learning_rate or a longer schedule.warmup would help"
+
     def _not_finite(self, what: str, bad_ranks: list[int]) -> None:
         trainer = self.trainer
         mode, step = trainer.config.trainer.on_nonfinite, trainer.state.step + 1
         if mode == "stop":
-            trainer.writer.close()
-            kept = checkpoint.checkpoints(trainer.run.checkpoints)
             raise DivergedError(
                 f"{what}{self._where(bad_ranks)} at step {step} ({self._rows(bad_ranks)}; "
                 f"gptlab data show {trainer.run.identity} --step {step} prints them); "
-                f"{f'{kept[0].name} is kept' if kept else 'no checkpoint had been saved yet'}; a lower optimizer.learning_rate or a longer "
-                "schedule.warmup would help, and trainer.on_nonfinite=skip or rollback passes over the batch"
+                f"{self._kept()}, and trainer.on_nonfinite=skip or rollback passes over the batch"
             )
         self._pass_over(what, bad_ranks)
         if mode == "rollback":

@@ -27,13 +27,13 @@ from gptlab.model.lora import added
 from gptlab.model.transformer import Transformer, new_model
 from gptlab.runner import checkpoint, sharded
 from gptlab.runner.averages import load_weights
-from gptlab.runner.run import Run, find_run
+from gptlab.runner.run import PARENT, Run, find_run
 
 if TYPE_CHECKING:
     from gptlab.runner.trainer import Trainer
 
-PARENT = "parent.json"  # in the run's folder: whose weights it began with
 EMBEDDING = "embedding.weight"
+_ELSEWHERE: dict[str, Run] = {}  # the runs that this process has begun with, by identity: a directory may lie outside the runs' root
 TABLE = "position.table.weight"  # of learned positions: a shorter context takes the first of them
 
 
@@ -57,6 +57,7 @@ def inherit(config: Config, overrides: Sequence[str]) -> Config:
             "(data/tokenizer=chat alone adds the tokens of a chat to it)"
         )
     parent, found = _parent(config.trainer.init_from)
+    _ELSEWHERE[parent.identity] = parent
     model = config.model if "model" in keys else _model(config.model, parent.config().model, keys)
     file = (parent.directory / "tokenizer.json").resolve()
     chats = _holds_chats(config.data.corpus)
@@ -106,7 +107,8 @@ def _parent(reference: str) -> tuple[Run, Path]:
 def _run_of(reference: str) -> Run:
     """The run of RUN[@STEP]."""
     name, mark, which = reference.rpartition("@")
-    return find_run(name if mark else which)
+    known = _ELSEWHERE.get(name)
+    return known if known is not None and known.directory.is_dir() else find_run(name if mark else which)
 
 
 def new_tokens(config: Config, vocabulary: int) -> int:
@@ -119,8 +121,8 @@ def known_tokens(parent: Run) -> int:
     return int(written_in(str(parent.directory))["vocabulary"])
 
 
-def begin(trainer: Trainer) -> None:
-    """Give a new run's model the weights it begins with, and write down whose they are. Every rank calls it.
+def fill(trainer: Trainer) -> None:
+    """Give a new run's model the weights it begins with. Every rank calls it.
 
     Raises ConfigError naming the first tensor of another shape.
     """
@@ -138,9 +140,14 @@ def begin(trainer: Trainer) -> None:
         beside = {name: tensor for name, tensor in trainer.model.state_dict().items() if added(name)}
         known = known_tokens(parent)
         checkpoint.fill(trainer.model, fitted(weights, own, where, known, trainer.data.vocabulary) | beside, found)
+
+
+def note(trainer: Trainer) -> None:
+    """Write down in the run's folder whose weights it began with."""
+    parent, found = _parent(trainer.config.trainer.init_from)
+    told = {"run": parent.identity, "name": parent.name, "study": parent.study, "step": checkpoint.step_of(found)}
     if trainer.world.first:
-        step = checkpoint.step_of(found)
-        trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})
+        trainer.run.write(PARENT, told)
 
 
 def initial(trainer: Trainer) -> Transformer:

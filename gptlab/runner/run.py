@@ -16,7 +16,7 @@ from typing import Any
 
 from gptlab.config import codec
 from gptlab.config.errors import ConfigError, GptlabError, IOFailure
-from gptlab.config.folders import runs_root
+from gptlab.config.folders import roots, runs_root
 from gptlab.config.lock import held
 from gptlab.config.lock import holder as lock_holder
 from gptlab.config.registry import suggest
@@ -26,6 +26,7 @@ from gptlab.tracker.jsonl import read_metrics
 ABLATION = "ablation.json"  # in a study's folder: how its arms are to be judged
 MEMBERS = "members.jsonl"  # in a study's folder: the runs it compares, wherever they lie
 PICTURE = "curves.png"  # beside it: the loss curves of its last sweep
+PARENT = "parent.json"  # in a run's folder: whose weights it began with
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,9 @@ def read_ablation(study: str) -> dict[str, Any]:
     return found
 
 
-def all_runs() -> list[Run]:
+def all_runs(root: Path | None = None) -> list[Run]:
     """Every run under the root, the oldest first."""
-    root = runs_root()
+    root = root or runs_root()
     if not root.is_dir():
         return []
     found = [Run(f.parent) for f in root.glob("*/*/config.json")]
@@ -176,31 +177,38 @@ def studies() -> list[str]:
 
 
 def find_run(reference: str) -> Run:
-    """A run by directory, identity, unique prefix of identity or name, or `latest`. Raises ConfigError when none or several match."""
+    """A run by directory, identity, unique prefix of identity or name, or `latest`. What is named whole goes before what only begins so.
+
+    Raises ConfigError when none or several match.
+    """
     given = Run(Path(reference))
     if "config" in (given.read("config.json") or {}):
         return given
-    runs = all_runs()
+    if (given.directory / "config.json").exists():
+        raise ConfigError(f"{given.directory / 'config.json'} cannot be read: the run's own command writes it again, and trains nothing")
+    runs = [run for root in reversed(roots()) for run in all_runs(root)]
     if not runs:
         raise ConfigError(f"there are no runs in {runs_root()} yet; `gptlab train` makes one, GPTLAB_RUNS=FOLDER looks elsewhere")
     if reference == "latest":
         return runs[-1]
     matches = [r for r in runs if r.identity == reference]
+    matches = matches or [r for r in runs if reference in (r.name, f"{r.study}/{r.name}")]
     matches = matches or [r for r in runs if r.identity.startswith(reference) or r.directory.name.startswith(reference)]
     matches = matches or [r for r in runs if f"{r.study}/{r.directory.name}".startswith(reference)]
     if len(matches) == 1:
         return matches[0]
     if matches:
         some = ", ".join(f"{r.study}/{r.directory.name}" for r in matches[:4]) + (", …" if len(matches) > 4 else "")
-        raise ConfigError(f"{reference!r} matches {len(matches)} runs ({some}); give more of the identity")
+        more = "give more of the identity" if len({r.identity for r in matches}) > 1 else "give the directory of one"
+        raise ConfigError(f"{reference!r} matches {len(matches)} runs ({some}); {more}")
     known = [r.identity for r in runs] + [r.directory.name for r in runs]
     raise ConfigError(f"no run matches {reference!r}{suggest(reference, known)}; `gptlab runs list` shows them")
 
 
 def find_study(name: str) -> str:
     """The study of this name. Raises ConfigError, naming the nearest."""
-    known = studies()
-    if name in known and members(name):
+    known = [study for study in studies() if members(study)]
+    if name in known:
         return name
     if not known:
         raise ConfigError(f"there are no studies in {runs_root()} yet; `gptlab train -m … study={name}` makes one")

@@ -122,8 +122,8 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
     def look() -> dict[str, Any] | None:
         done = run.read("done.json")
         if done is not None and not request.rerun:
-            if not (run.directory / "config.json").exists():
-                run.write("config.json", codec.to_json(resolved))  # somebody deleted it; it is the same config by its identity
+            if "config" not in (run.read("config.json") or {}):
+                run.write("config.json", codec.to_json(resolved))  # somebody deleted or damaged it; it is the same config by its identity
             join_the_study()
         return done
 
@@ -135,11 +135,14 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
             missing = Mirror(resolved.trainer.mirror, run).close(MIRROR_SECONDS)
             if missing:
                 say((missing, "yellow"))
-        return _skip(run, done, request.title)
+        return _skip(run, done, request.title, resolved.trainer.resume)
     tracker: Tracker = build(resolved.tracker)
     trainer = _built(resolved, data, run, request.started)  # what cannot be built is said before anything is made
     if origin and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints)):
         origin.found = world.share(lambda: branch.check(trainer, origin))
+    inherited = bool(resolved.trainer.init_from) and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints))
+    if inherited:
+        inherit.fill(trainer)  # weights that do not fit are told before anything is made, too
     with contextlib.ExitStack() as held:
 
         def take() -> dict[str, Any] | None:
@@ -152,11 +155,11 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
 
         done = world.share(take)
         if done is not None:  # another process finished it meanwhile
-            return _skip(run, done, request.title)
+            return _skip(run, done, request.title, resolved.trainer.resume)
         if resolved.trainer.mirror and world.first:
             held.enter_context(_mirrored(trainer, request.rerun))  # outside the log, so that a failure is copied too
         held.enter_context(Log(run, trainer))
-        return _train(trainer, Guarded(tracker), request.title, origin)
+        return _train(trainer, Guarded(tracker), request.title, origin, inherited)
 
 
 def _with_fitting_micro_batch(config: Config, data: Prepared, world: World) -> Config:
@@ -205,10 +208,12 @@ def _prepare(config: Config, world: World) -> Prepared:
     return found
 
 
-def _skip(run: Run, done: dict[str, Any], title: str) -> Outcome:
+def _skip(run: Run, done: dict[str, Any], title: str, resume_from: str) -> Outcome:
     other = "" if done.get("source") == source_hash() else f" by other gptlab sources ({done.get('source')})"
     loss = float(done["summary"].get("val/loss", "nan"))
     say(("✓", "green"), f" {title}  val {loss:.4f}  ", (f"done {done['finished']}{other}, skipped", "dim"))
+    if resume_from != "latest":
+        say((f"  trainer.resume={resume_from} means nothing to a run that is done; --rerun trains it from its beginning", "yellow"))
     return Outcome(run, "skipped", message=f"done {done['finished']}{other}")
 
 
@@ -219,7 +224,7 @@ def _clear(run: Run) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin | None) -> Outcome:
+def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin | None, inherited: bool) -> Outcome:
     config, run, world = trainer.config, trainer.run, trainer.world
     if world.first:
         checkpoint.remove_partial(run.checkpoints)
@@ -233,7 +238,9 @@ def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin
     if origin and not trainer.state.step:
         branch.begin(trainer, origin)
     elif config.trainer.init_from and not trainer.state.step:
-        inherit.begin(trainer)
+        if not inherited:  # there were checkpoints, and none was whole
+            inherit.fill(trainer)
+        inherit.note(trainer)
     _announce(trainer, title)
     if not world.first:
         with RunProgress(title, trainer.steps) as progress, contextlib.closing(trainer.writer):
@@ -306,6 +313,8 @@ def _announce(trainer: Trainer, title: str) -> None:
     say((line, "dim"))
     if told := trainer.loader.described:
         say((f"  {told}", "dim"))
+    if broken := trainer.data.broken_rows:
+        say((f"  {broken:,} row{'s' * (broken > 1)} of the text could not be read and {'are' if broken > 1 else 'is'} left out", "yellow"))
     if trainer.config.model.dial:
         say((f"  {described(trainer.config, trainer.steps)}", "dim"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,13 +12,14 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.registry import suggest
 from gptlab.config.slots import word
 from gptlab.runner.reference import METRIC as METRIC
-from gptlab.runner.run import Run, all_runs, find_study, members, read_ablation
+from gptlab.runner.run import PARENT, Run, all_runs, find_study, members, read_ablation
 from gptlab.study.scores import Estimate, of_runs
 from gptlab.study.statistics import Interval, deviation, mean_interval, p_at_most
 from gptlab.study.text import TextInterval, text_interval
 from gptlab.study.verdict import EFFECT, Verdict, judge
 from gptlab.study.votes import Tally, tally
 
+NAMED = 4  # arms in one note
 SAME_WEIGHTS = 0.995  # the share of initial weights from which two arms begin alike
 ACCURACY, SOLVED, PER_BYTE = "val/accuracy", "val/solved", "val/bits_per_byte"
 
@@ -97,7 +99,7 @@ def gather(study: str) -> tuple[list[Arm], list[str]]:
     study = find_study(study)
     by_identity = {r.identity: r for r in all_runs()}
     arms: dict[str, Arm] = {}
-    left_out: dict[str, int] = defaultdict(int)
+    left_out: dict[str, list[Arm]] = defaultdict(list)
     for member in members(study):
         run = by_identity.get(member["identity"])
         settings = {k: v for k, v in member["settings"].items() if not _is_seed(k)}
@@ -106,16 +108,24 @@ def gather(study: str) -> tuple[list[Arm], list[str]]:
         arm.label = member.get("label") or arm.label  # as it is called now, whatever it was called before
         done = run.read("done.json") if run else None
         if run is None or done is None:
-            left_out[run.state if run else "removed"] += 1
+            left_out[run.state if run else "removed"].append(arm)
             if run is not None:
                 arm.open[int(member["seed"])] = run
             continue
+        if not math.isfinite(float(done["summary"].get(METRIC, 0.0))):
+            left_out["diverged"].append(arm)
+            continue
         arm.runs[int(member["seed"])] = run
         arm.summaries[int(member["seed"])] = done["summary"]
-    notes = [f"{count} run{'s' if count > 1 else ''} left out: {state}" for state, count in left_out.items()]
     found = list(arms.values())
     _label(found)
-    return found, notes
+    return found, [_left_out(state, of) for state, of in left_out.items()]
+
+
+def _left_out(state: str, arms: list[Arm]) -> str:
+    labels = list(dict.fromkeys(arm.label for arm in arms))
+    some = ", ".join(labels[:NAMED]) + (", …" if len(labels) > NAMED else "")
+    return f"{len(arms)} run{'s' if len(arms) > 1 else ''} left out: {state} ({some})"
 
 
 def _is_seed(key: str) -> bool:
@@ -168,8 +178,10 @@ def _looked(told: dict[str, Any], seeds: int) -> list[str]:
     """What looking at a study more than once does to its verdicts."""
     looks, asked = told.get("looks", []), [n for n in told.get("seeds", []) if 1 < n <= seeds]
     if looks:
-        beyond = "; seeds beyond the last look are not used" if seeds > looks[-1] else ""
-        return [f"looked at after {', '.join(map(str, looks))} seeds, as was planned beforehand{beyond}"]
+        made, open_ = ([n for n in looks if n <= seeds], [n for n in looks if n > seeds])
+        found = [f"looked at after {', '.join(map(str, made))} seeds, as was planned beforehand"] if made else []
+        found += [f"looks are planned after {', '.join(map(str, open_))} seeds"] if open_ else []
+        return ["; ".join([*found, *(["seeds beyond the last look are not used"] if seeds > looks[-1] else [])])]
     if len(asked) > 1:
         early = ", ".join(map(str, asked[:-1]))
         return [
@@ -262,7 +274,10 @@ def _comparable(arms: list[Arm]) -> tuple[str, list[str]]:
             facts["hardware"].add(f"{hardware.get('gpu') or hardware.get('cpu')} {hardware.get('device')}")
     limits = {arm.label: _setting(arm, "data", "validation_tokens") for arm in arms}
     if len(set(limits.values())) > 1:
-        raise ConfigError(f"the arms were measured on different numbers of tokens (data.validation_tokens: {limits}); use one for all")
+        told = "; ".join(f"{label}: {limit or 'all'}" for label, limit in limits.items())
+        stages = any(run.read(PARENT) for arm in arms for run in arm.runs.values())
+        also = ". Runs that begin with one another are stages, which `gptlab runs lineage RUN` shows" if stages else ""
+        raise ConfigError(f"the arms were measured on different numbers of tokens (data.validation_tokens: {told}); use one for all{also}")
     metric = METRIC
     if len(measured) > 1:
         names = " and ".join(repr(a) for a in measured.values())
@@ -279,6 +294,10 @@ def _comparable(arms: list[Arm]) -> tuple[str, list[str]]:
     contexts = {arm.label: _setting(arm, "model", "context_length") for arm in arms}
     if len(set(contexts.values())) > 1:
         notes.append(f"different context lengths ({contexts}): a longer one sees more before each token it is scored on")
+    formats = {arm.label: _setting(arm, "hardware", "precision") for arm in arms}
+    if len(set(formats.values())) > 1:
+        told = "; ".join(f"{label}: {name}" for label, name in formats.items())
+        notes.append(f"the arms were trained in different number formats ({told}); hardware.precision=fp32 is one for all")
     if len({arm.mean("step") for arm in arms}) > 1:
         notes.append("the arms ended at different steps: a difference between two of them is of their length, too")
     counts = {len(arm.runs) for arm in arms}
@@ -290,5 +309,9 @@ def _comparable(arms: list[Arm]) -> tuple[str, list[str]]:
 
 
 def _setting(arm: Arm, part: str, name: str) -> Any:
-    """A plain value of the arm's config, read as JSON: comparing must not import a model."""
-    return (next(iter(arm.runs.values())).read("config.json") or {}).get("config", {}).get(part, {}).get(name)
+    """A plain value of the arm's config, read as JSON: comparing must not import a model. Raises ConfigError for a file that is none."""
+    run = next(iter(arm.runs.values()))
+    config = (run.read("config.json") or {}).get("config")
+    if config is None:
+        raise ConfigError(f"{run.directory / 'config.json'} cannot be read; the run's own command writes it again, and trains nothing")
+    return config.get(part, {}).get(name)

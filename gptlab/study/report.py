@@ -24,6 +24,7 @@ HEADERS = ("arm", "seeds", "val/loss", "difference, 95 %", "verdict", "parameter
 _WORDS = {"better": "better", "worse": "worse", "same": "no difference", "undecided": "undecided", "none": "none"}
 _COLOURS_OF = {"better": "green", "worse": "red", "same": "cyan"}
 SHARES = (SOLVED, ACCURACY)  # of what is right: of whole answers, of scored tokens; the table has a column for the first that is there
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".webp")
 LONGEST_NAME = 34  # of a metric, in a narrow terminal
 
 
@@ -203,25 +204,32 @@ _STYLES = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)))
 _REFERENCE = "#777777"  # published losses
 
 
+def check_curves(study: str, arms: Sequence[Arm], file: Path, metrics: Sequence[str]) -> None:
+    """What `draw_curves` refuses, before it takes its time. Raises ConfigError."""
+    known = {name for arm in arms for summary in arm.summaries.values() for name in summary}
+    for name in (n for n in metrics if n not in known):
+        raise ConfigError(f"--metric {name}: no run of {study} has measured it{suggest(name, sorted(known))}")
+    if file.suffix.lower() not in PICTURES:
+        raise ConfigError(f"{file}: curves cannot be saved as {file.suffix or 'a file without ending'}; use {', '.join(PICTURES)}")
+
+
 def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None, metrics: Sequence[str] = ()) -> Path:
     """Save the held-out loss over the steps (of a generated task the share of right answers): a line an arm, the mean of its seeds,
     in a band from its lowest to its highest seed. `metrics` draws these instead, one above the other.
 
     Raises ConfigError for a metric that no run has, naming the nearest, or an ending that is no picture's.
     """
+    found = list(arms) if arms is not None else collect(study)[0]
+    check_curves(study, found, file, metrics)
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = list(arms) if arms is not None else collect(study)[0]
     summaries = [s for arm in found for s in arm.summaries.values()]
     metric = next((share for share in SHARES if summaries and all(share in s for s in summaries)), METRIC)
     if metric == METRIC and len(tokenizers(found)) > 1:
         metric = PER_BYTE
-    known = {name for arm in found for summary in arm.summaries.values() for name in summary}
-    for name in (n for n in metrics if n not in known):
-        raise ConfigError(f"--metric {name}: no run of {study} has measured it{suggest(name, sorted(known))}")
     asked = list(metrics) or [metric]
     size = (8, 4.8) if len(asked) == 1 else (8, 2.6 * len(asked))
     figure, panels = pyplot.subplots(len(asked), figsize=size, dpi=150, layout="constrained", squeeze=False, sharex=True)
@@ -233,8 +241,6 @@ def draw_curves(study: str, file: Path, *, arms: Sequence[Arm] | None = None, me
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(file)
-    except ValueError as error:
-        raise ConfigError(f"{file}: curves cannot be saved as {file.suffix or 'a file without ending'}; use .png, .svg or .pdf") from error
     finally:
         pyplot.close(figure)
     return file

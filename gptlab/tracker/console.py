@@ -9,15 +9,46 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from gptlab.tracker.protocol import Metrics
 
+LONGEST_WORD = 34  # of a table, that a narrow terminal does not break
+
+
+class _Console(Console):
+    """Prints a table wider than the terminal rather than without a column, or with its words in pieces: the lines then go on below."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        for shown in objects:
+            if isinstance(shown, Table) and shown.columns and (least := _least_width(shown)) > self.width:
+                shown.width = least
+        super().print(*objects, **options)
+
+
+def _least_width(shown: Table) -> int:
+    """Characters that a table takes with every figure on one line, and no word broken."""
+    wide = Console(width=10_000)
+    cells = [[_plain(cell) for cell in (column.header, *column.cells)] for column in shown.columns]
+    slack = 0
+    for column, texts in zip(shown.columns, cells, strict=True):
+        if not column.no_wrap and column.width is None:
+            words = max((cell_len(word) for text in texts for word in text.split()), default=0)
+            whole = max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
+            slack += max(0, whole - max(min(words, LONGEST_WORD), column.min_width or 0))
+    return wide.measure(shown).maximum - slack
+
+
+def _plain(cell: Any) -> str:
+    return cell.plain if isinstance(cell, Text) else Text.from_markup(cell).plain if isinstance(cell, str) else ""
+
+
 # Of torchrun's processes the first speaks; the others write what goes wrong to their own logs.
-console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ)
+console = _Console(stderr=False, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ)
 
 
 SHOWN_EVERY, LINE_EVERY = 0.25, 10.0  # seconds

@@ -215,6 +215,8 @@ def offline(*, project: str = "gptlab", checkpoints: bool = False) -> _Wandb:
 
 @register("tracker", "wandb")
 def online(*, project: str = "gptlab", entity: str | None = None, checkpoints: bool = False) -> _Wandb:
-    """W&B with the account that is logged in. A server that cannot be reached costs one warning. `checkpoints`: the last one is kept there
-    as an artifact."""
+    """W&B with the account that is logged in. `checkpoints`: the last one is kept there as an artifact.
+
+    A server that cannot be reached costs one warning.
+    """
     return _Wandb(project, entity, "online", checkpoints=checkpoints)
