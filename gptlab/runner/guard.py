@@ -85,7 +85,9 @@ class Guard:
         one."""
         trainer = self.trainer
         if not math.isfinite(loss) and (trainer.finished or trainer.config.trainer.on_nonfinite == "stop"):
-            raise DivergedError(f"the held-out loss is {loss} after step {trainer.state.step}; {self._kept()}")
+            raise DivergedError(
+                f"the held-out loss is {loss} at step {trainer.state.step}, whose update spoilt the weights; {self._kept()}"
+            )
 
     def _kept(self) -> str:
         """What is left of a run that ends here, and what may help."""

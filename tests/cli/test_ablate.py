@@ -138,8 +138,9 @@ def test_seconds_count_only_of_runs_that_had_the_machine_to_themselves(gptlab: C
             run.write("done.json", done)
 
     loaded(0.6)
-    refused = gptlab("ablate", *arguments, "--budgets", "seconds")
+    refused = gptlab("ablate", *arguments, "--budgets", "seconds,flops")
     assert refused.code == 2
+    assert "difference of val/loss at equal budgets" in refused.out, "the other unit is known"
     assert "no run of the arm 'width=16' had the machine to itself (other work took 60% of it at the least)" in refused.err
     loaded(0.01)
     made = gptlab("ablate", *arguments, "--budgets", "seconds")
@@ -220,6 +221,14 @@ def test_bad_input_is_one_sentence_and_trains_nothing(gptlab: Command, corpus_fi
     assert said in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert not all_runs()
+
+
+def test_an_arm_that_diverges_leaves_the_others_alone(gptlab: Command, corpus_file: Path) -> None:
+    result = gptlab("ablate", *tiny(corpus_file, steps=4), "--vary", "optimizer.learning_rate=1e-3,1e30", "--seeds", "2", "study=lost")
+    assert result.code == 1
+    assert "4 runs: 2 trained, 0 skipped, 2 failed" in result.out
+    assert "2 runs left out: failed (learning_rate=1e+30)" in " ".join(result.out.split())
+    assert result.err.count("the held-out loss is nan at step 1") == 2
 
 
 def test_one_seed_shows_a_difference_and_gives_no_verdict(gptlab: Command, corpus_file: Path) -> None:

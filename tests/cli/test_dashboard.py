@@ -102,6 +102,11 @@ def test_what_is_wrong_is_one_sentence(gptlab: Command, study: str, arguments: t
     assert said in " ".join(result.err.split())
 
 
+def test_its_folder_is_made(gptlab: Command, study: str, tmp_path: Path) -> None:
+    assert gptlab("dashboard", study, "--json", str(tmp_path / "new" / "w.json")).code == 0
+    assert panels(tmp_path / "new" / "w.json")
+
+
 def test_an_empty_study_has_none(gptlab: Command, corpus_file: Path) -> None:
     failed = gptlab("train", "-m", *tiny(corpus_file, steps=4), "optimizer.learning_rate=1e30", "study=empty")
     assert failed.code

@@ -56,6 +56,15 @@ def test_a_plan_as_json_adds_up(gptlab: Command, prepared: list[str]) -> None:
     assert made["fits"] is True
 
 
+def test_a_sweep_names_every_number_format(gptlab: Command, prepared: list[str]) -> None:
+    result = gptlab("plan", "-m", *prepared, "hardware.precision=fp32,bf16")
+    assert "2 runs: cpu, fp32 and bf16" in result.out
+
+
+def test_a_run_that_diverges_is_planned_all_the_same(gptlab: Command, prepared: list[str]) -> None:
+    assert gptlab("plan", *prepared, "optimizer.learning_rate=1e30").code == 0
+
+
 def test_a_sweep_has_a_row_a_point_and_seeds_are_forecast_once(
     gptlab: Command, prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,12 @@ def test_a_search_begins_with_the_settings_as_configured_and_tells_what_it_found
     assert len(runs) == 4
 
 
+def test_what_beat_nothing_is_not_recommended(gptlab: Command, corpus_file: Path) -> None:
+    result = gptlab(*OPTUNA, "hydra.sweeper.trials=2", *tiny(corpus_file), "optimizer.learning_rate=choice(1e-3,1e-9)")
+    assert "nothing beat the settings as configured" in result.out
+    assert "gptlab ablate" not in result.out
+
+
 def test_a_search_goes_on_where_it_was_left(gptlab: Command, corpus_file: Path) -> None:
     gptlab(*OPTUNA, "hydra.sweeper.trials=2", *tiny(corpus_file), RATE)
     more = gptlab(*OPTUNA, "hydra.sweeper.trials=5", *tiny(corpus_file), RATE)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.config.registry import components, load_components
+from gptlab.runner.run import find_run
 from tests.cli.conftest import Command
 from tests.cli.test_train import PLUGIN
 from tests.tiny import tiny
@@ -68,6 +69,14 @@ def test_a_run_is_found_by_directory_identity_prefix_and_latest(gptlab: Command,
     several = gptlab("sample", "shown/")
     assert several.code == 2
     assert "matches 2 runs" in several.err
+    gptlab("train", *tiny(corpus_file, "study=shown", "seed=2", "name=sae2", steps=4))
+    assert gptlab("sample", "shown/sae", "--max-tokens", "2").code == 0
+    gptlab("train", *tiny(corpus_file, "study=shown", "seed=3", "name=sae", steps=4))
+    for whole in ("shown/sae", "sae"):
+        assert find_run(whole).name == "sae", "a whole name goes before a longer one"
+    damaged = next(Path(os.environ["GPTLAB_RUNS"]).glob("shown/sae2-*"))
+    (damaged / "config.json").write_text("")
+    assert f"{damaged / 'config.json'} cannot be read" in gptlab("sample", str(damaged)).err
     assert "no run matches" in gptlab("sample", "zzzz").err
 
 
@@ -79,7 +88,7 @@ def test_samples_are_seeded_and_settings_checked(gptlab: Command, identity: str)
     greedy = {gptlab("sample", identity, "--temperature", "0", "--seed", s, "--max-tokens", "30").out for s in "12"}
     assert len(greedy) == 1
     for arguments, said in (
-        (("--prompt", "é"), "'é' at place 0"),
+        (("--prompt", "é"), "'é' at place 1"),
         (("--prompt", ""), "prompt is empty"),
         (("--temperature", "-1"), "--temperature"),
         (("--temperature", "nan"), "--temperature"),
@@ -96,9 +105,11 @@ def test_compare_prints_json_and_markdown(gptlab: Command, identity: str, tmp_pa
     assert gptlab("compare", "shown", "--markdown").out.startswith("| arm |")
     assert gptlab("compare", "shown", "--png", str(tmp_path / "c.png")).code == 0
     assert (tmp_path / "c.png").exists()
-    refused = gptlab("compare", "shown", "--png", str(tmp_path / "c.xyz"))
-    assert refused.code == 2
-    assert ".xyz" in refused.err
+    for more in (("--png", str(tmp_path / "c.xyz")), ("--png", str(tmp_path / "c.png"), "--metric", "val/los")):
+        refused = gptlab("compare", "shown", *more)
+        assert refused.code == 2
+        assert more[-1].rpartition(".")[2] in refused.err
+        assert not refused.out, "before the table, and not behind it"
 
 
 def test_a_run_of_an_unregistered_component_says_which(gptlab: Command, identity: str) -> None:
@@ -107,6 +118,22 @@ def test_a_run_of_an_unregistered_component_says_which(gptlab: Command, identity
     result = gptlab("sample", identity)
     assert result.code == 2
     assert "model/norm=theirnorm is not registered" in result.err
+
+
+def test_every_component_is_told_in_a_whole_sentence() -> None:
+    load_components()
+    assert not [f"{c.slot.path}={c.name}: {c.summary}" for c in components() if not c.outside and not c.summary.endswith((".", ":", ")"))]
+
+
+def test_a_resume_of_what_is_done_is_told(gptlab: Command, identity: str, corpus_file: Path) -> None:
+    again = gptlab("train", *tiny(corpus_file, "study=shown", "trainer.resume=2", steps=4))
+    assert "trainer.resume=2 means nothing to a run that is done; --rerun trains it from its beginning" in again.out
+
+
+def test_a_study_without_runs_is_none(gptlab: Command, identity: str) -> None:
+    (Path(os.environ["GPTLAB_RUNS"]) / "nothing").mkdir()
+    told = gptlab("compare", "nothing").err
+    assert "no study is called 'nothing'; there is shown" in told
 
 
 def test_help_answers_at_once() -> None:

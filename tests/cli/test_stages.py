@@ -70,6 +70,8 @@ def test_what_stages_cannot_be_is_refused() -> None:
         command(["-m", "hydra/sweeper=stages", "tracker=none"])
     with pytest.raises(ConfigError, match="runs its stages once; give one value"):
         command(["-m", "hydra/sweeper=stages", "+hydra.sweeper.stages.a='seed=0'", "seed=0,1"])
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=1e-3,1e-2: hydra/sweeper=stages runs its stages once; give one value"):
+        command(["-m", "hydra/sweeper=stages", "+hydra.sweeper.stages.a='optimizer.learning_rate=1e-3,1e-2'"])
     with pytest.raises(ConfigError, match="--price -1"):
         lineage("latest", price=-1, as_json=False)
 

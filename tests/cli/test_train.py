@@ -347,3 +347,13 @@ def test_the_sweep_of_an_experiment_can_be_narrowed(gptlab: Command, corpus_file
     assert "1 runs: 1 trained" in result.out or "1 run: 1 trained" in result.out
     members = [json.loads(line) for line in (runs() / "narrow" / "members.jsonl").read_text().splitlines()]
     assert [m["seed"] for m in members] == [7]
+
+
+def test_rows_that_cannot_be_read_are_told_where_they_are_trained_on(gptlab: Command, corpus_file: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": line}) for line in corpus_file.read_text(encoding="utf-8").splitlines() or ["the king"] * 9]
+    rows = rows * (1 + 4000 // sum(map(len, rows)))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*rows[:2], rows[0][:-5], *rows[2:]]), encoding="utf-8")
+    result = gptlab("train", *tiny(file))
+    assert result.code == 0, result.err
+    assert "1 row of the text could not be read and is left out" in result.out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptlab.config.errors import ConfigError
+from gptlab.config.errors import ConfigError, DivergedError
 from gptlab.generate.sampling import Sampling, distribution, draw
 
 P = torch.tensor([[0.5, 0.25, 0.15, 0.07, 0.03]])
@@ -89,3 +89,9 @@ def test_settings_that_mean_nothing_are_refused_by_name(settings: Sampling, told
     with pytest.raises(ConfigError) as refused:
         settings.check()
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(temperature=0), Sampling(top_k=2), Sampling(top_p=0.5), Sampling(min_p=0.1)])
+def test_scores_that_are_no_numbers_are_no_token(settings: Sampling) -> None:
+    with pytest.raises(DivergedError, match="not a number"):
+        draw(LOGITS * float("nan"), [settings], [torch.Generator()])

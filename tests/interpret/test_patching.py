@@ -129,6 +129,8 @@ def test_prompts_that_do_not_fit_are_told() -> None:
         patch(model, torch.zeros(1, 17, dtype=torch.long), TARGET)
     with pytest.raises(ConfigError, match="both prompts have the same answer, token"):
         patch(model, TARGET, TARGET)
+    with pytest.raises(ConfigError, match=r"logit of token 1 less that of token 2 is \S+ in both runs, so that nothing can be recovered"):
+        patch(model, TARGET, TARGET, "blocks.0", answer=1, against=2).frame()
     with pytest.raises(ConfigError, match="there is no token 40"):
         patch(model, SOURCE, TARGET, answer=40)
     with pytest.raises(ConfigError, match="the source prompt has 8 tokens and the target prompt 7: patching"):

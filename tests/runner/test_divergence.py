@@ -235,3 +235,22 @@ def test_a_loss_that_is_not_finite_stands_in_no_line_and_no_statistics(corpus_fi
     assert "nan" in lines[0]["reason"]
     saved: dict[str, Tensor] = load_file(run.directory / BATCHES / "batch-000000006.safetensors")
     assert saved["inputs"].shape == (4, 16)
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip", "rollback"])
+def test_a_last_update_that_spoils_the_weights_ends_as_a_divergence(corpus_file: Path, mode: str) -> None:
+    overrides = [*tiny(corpus_file, steps=1), "optimizer.learning_rate=1e30", f"trainer.on_nonfinite={mode}", "callbacks.checkpoint.keep=9"]
+    with pytest.raises(
+        DivergedError,
+        match=r"the held-out loss is (nan|inf) at step 1, whose update spoilt the weights; .*a lower optimizer\.learning_rate",
+    ):
+        train(compose(overrides))
+    run = only_run()
+    assert run.state == "failed"
+    assert not [c for c in checkpoint.checkpoints(run.checkpoints) if checkpoint.step_of(c) == 1], "what is spoilt is not kept"
+
+
+def test_a_model_that_is_spoilt_says_so_when_it_is_to_speak(corpus_file: Path) -> None:
+    spoilt = [*tiny(corpus_file, steps=1), "optimizer.learning_rate=1e30", "~callbacks.evaluation"]
+    with pytest.raises(DivergedError, match="what the model says of the next token is not a number"):
+        train(compose(spoilt))

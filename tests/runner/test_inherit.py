@@ -12,7 +12,7 @@ from gptlab import compose, load, train
 from gptlab.cli.train import train as command
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component_of
-from gptlab.runner.run import Run, find_run
+from gptlab.runner.run import Run, all_runs, find_run
 from tests.tiny import tiny
 
 PARTS = ("model/norm=rmsnorm", "model/position=learned", "model.attention.kv_heads=1", "study=parents")
@@ -78,6 +78,17 @@ def test_what_does_not_fit_is_named(parent: Run, other: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             train(compose(child(other, parent, *more)))
+    assert [run.identity for run in all_runs()] == [parent.identity], "nothing is made of what is refused"
+
+
+def test_a_parent_may_lie_anywhere(parent: Run, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = child(other, parent, f"trainer.init_from='parents/{parent.name}'")
+    assert command(["--scratch", *by_name]) == 0
+    assert [run.identity for run in all_runs()] == [parent.identity]
+    monkeypatch.setenv("GPTLAB_RUNS", str(tmp_path / "elsewhere"))
+    assert command(child(other, parent, f"trainer.init_from={parent.directory}")) == 0
+    (made,) = all_runs()
+    assert (made.read("parent.json") or {})["run"] == parent.identity
 
 
 def test_a_sweep_of_children_is_compared(parent: Run, other: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gptlab import compose, train
 from gptlab.config.compose import settings
 from gptlab.config.errors import ConfigError
-from gptlab.runner.run import Run
+from gptlab.runner.run import Run, write_ablation
 from gptlab.study.compare import compare
 from gptlab.study.report import draw_curves, markdown
 from gptlab.study.statistics import mean_interval, p_at_most
@@ -74,7 +74,41 @@ def test_unfinished_runs_are_left_out_and_counted(corpus_file: Path) -> None:
     (arm(corpus_file, "seed=1", job=1).directory / "done.json").unlink()
     found = compare("s")
     assert found.rows[0].seeds == [0]
-    assert "1 run left out: stopped" in found.notes
+    assert "1 run left out: stopped (base)" in found.notes
+
+
+def test_a_run_without_a_finite_loss_is_left_out(corpus_file: Path) -> None:
+    arm(corpus_file, "seed=0")
+    for seed in (0, 1):  # as one was noted whose last update spoilt it
+        lost = arm(corpus_file, "model/norm=rmsnorm", f"seed={seed}", job=1 + seed)
+        done = lost.read("done.json")
+        assert done is not None
+        lost.write("done.json", done | {"summary": done["summary"] | {"val/loss": math.nan}})
+    found = compare("s")
+    assert [row.label for row in found.rows] == ["base"]
+    assert "2 runs left out: diverged (norm=rmsnorm)" in found.notes or "2 runs left out: diverged (rmsnorm)" in found.notes
+
+
+def test_a_config_that_cannot_be_read_is_named(corpus_file: Path) -> None:
+    arm(corpus_file, "seed=0")
+    (arm(corpus_file, "model/norm=rmsnorm", job=1).directory / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"norm=rmsnorm\S*/config\.json cannot be read"):
+        compare("s")
+    arm(corpus_file, "model/norm=rmsnorm", job=1)  # skipped, and the file is written again
+    assert len(compare("s").rows) == 2
+
+
+def test_looks_that_were_not_made_are_not_told_as_made(corpus_file: Path) -> None:
+    for seed in range(4):
+        arm(corpus_file, f"seed={seed}", job=seed)
+    for looks, told in (
+        ([4, 6], "looked at after 4 seeds, as was planned beforehand; looks are planned after 6 seeds"),
+        ([2, 4], "looked at after 2, 4 seeds, as was planned beforehand"),
+        ([5], "looks are planned after 5 seeds"),
+        ([2, 3], "looked at after 2, 3 seeds, as was planned beforehand; seeds beyond the last look are not used"),
+    ):
+        write_ablation("s", {"looks": looks})
+        assert told in compare("s").notes
 
 
 def test_losses_on_different_tokens_are_refused(corpus_file: Path, tmp_path: Path) -> None:
@@ -120,6 +154,21 @@ def test_other_differences_are_told(corpus_file: Path) -> None:
     assert "mixed gptlab sources" in notes
     assert "different context lengths" in notes
     assert "one seed only" in notes
+
+
+def test_arms_in_different_number_formats_are_told(corpus_file: Path) -> None:
+    arm(corpus_file, "hardware.precision=fp32")
+    arm(corpus_file, "hardware.precision=bf16", job=1)
+    assert any("different number formats" in note and ": bf16" in note and ": fp32" in note for note in compare("s").notes)
+
+
+def test_of_stages_the_lineage_is_named(corpus_file: Path) -> None:
+    first = arm(corpus_file)
+    second = [f"trainer.init_from={first.identity}", "tracker=none", "trainer.budget=1steps", "trainer.batch_tokens=64", "study=s"]
+    text = ["data=text", f"data.corpus.path={corpus_file}", "data.validation_tokens=64", "callbacks.samples.tokens=4"]
+    train(compose([*second, *text]), job=1)
+    with pytest.raises(ConfigError, match=r"validation_tokens: .*: all; .*: 64\).*gptlab runs lineage RUN"):
+        compare("s")
 
 
 def test_unknown_names_are_refused_with_the_nearest(corpus_file: Path) -> None:
