@@ -53,8 +53,12 @@ def show_chats(named: Mapping[str, Loaded], path: str, *, limit: int, max_tokens
     for i in range(min(SHOWN, *(len(one.samples) for one in found.values()))):
         sample = next(iter(found.values())).samples[i]
         say(("\n" + sample.prompt[-LETTERS:], "bold"))
-        say(("the right answer  ", "dim"), sample.reference[:LETTERS])
+        say(("the right answer  ", "dim"), _begin(sample.reference))
         for name, one in found.items():
             mine = next((s for s in one.samples if s.prompt == sample.prompt), None)
             if mine is not None:
-                say((f"{name}  ", "cyan"), mine.completion[:LETTERS])
+                say((f"{name}  ", "cyan"), _begin(mine.completion))
+
+
+def _begin(text: str) -> str:
+    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"

@@ -60,7 +60,7 @@ def kind_of(file: Path) -> str:
 def read_file(file: Path, *, column: str = "text", separator: str = "") -> Iterator[Piece]:
     """The documents of a file: rows of `column`, or plain text, cut into documents at `separator` where there is one.
 
-    Raises ConfigError (no such column), DataError (empty, binary, not UTF-8, damaged) or IOFailure.
+    Raises ConfigError (no such column), DataError (empty, binary, not UTF-8, damaged, JSON that is no rows) or IOFailure.
     """
     kind = kind_of(file)
     try:
@@ -70,6 +70,8 @@ def read_file(file: Path, *, column: str = "text", separator: str = "") -> Itera
             yield from _json_rows(file, column)
         elif kind == ".csv":
             yield from _csv_rows(file, column)
+        elif kind == ".json":
+            raise DataError(f"{file}: as text this is JSON and no prose; give rows, one object a line, as .jsonl; data=chat reads chats")
         elif separator:
             yield from _split(read_text(file), separator)
         else:

@@ -225,3 +225,10 @@ def test_a_large_row_and_many_rows_are_the_same_compressed_or_not(tmp_path: Path
     made = [prepare(config_of(write(tmp_path, name, texts), "byte")) for name in ("a.jsonl", "b.parquet.zst", "c.csv.gz")]
     assert ids_of(made[0]) == ids_of(made[1]) == ids_of(made[2])
     assert len({m.hash for m in made}) == 1, "the same text, whatever the files"
+
+
+def test_json_that_is_no_rows_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "hi there"}]', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json: as text this is JSON and no prose; give rows, one object a line, as \.jsonl"):
+        list(read_file(file))

@@ -116,8 +116,11 @@
     const x = (v) => left + ((v - low + room) / (high - low + 2 * room)) * (right - left);
     const label = told.map((r) => `${r.label} ${difference(r)}`).join("; ");
     const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `differences of ${comparison.metric}: ${label}` });
-    drawn.append(svg("rect", { x: x(-effect), y: top, width: x(effect) - x(-effect), height: told.length * step, fill: css("--line"), opacity: 0.5 }));
-    drawn.append(svg("line", { x1: x(0), x2: x(0), y1: top, y2: top + told.length * step, stroke: css("--quiet") }));
+    const bands = narrow ? told.map((_, i) => [top + i * step + 25, 16]) : [[top, told.length * step]]; // a phone's names stand above each
+    for (const [y, tall] of bands) {
+      drawn.append(svg("rect", { x: x(-effect), y, width: x(effect) - x(-effect), height: tall, fill: css("--line"), opacity: 0.5 }));
+      drawn.append(svg("line", { x1: x(0), x2: x(0), y1: y, y2: y + tall, stroke: css("--quiet") }));
+    }
     const halo = { "paint-order": "stroke", stroke: css("--paper"), "stroke-width": 4 };
     const text = (x_, y, what, more = {}) => drawn.append(svg("text", { x: x_, y, fill: css("--ink"), "font-size": 13, ...halo, ...more }, what));
     told.forEach((r, i) => {
