@@ -59,7 +59,7 @@ def test_an_unknown_character_is_named_with_its_place_and_what_is_known() -> Non
     tokenizer = make("char", "abc\n")
     with pytest.raises(ConfigError) as error:
         tokenizer.encode("abXc")
-    assert str(error.value) == "the character 'X' at place 2 is not among the 4 characters the tokeniser knows: abc"
+    assert str(error.value) == "the character 'X' at place 3 is not among the 4 characters the tokeniser knows: abc"
     with pytest.raises(ConfigError, match="'\\\\U0010ffff' at place 0"):
         tokenizer.encode("\U0010ffff")
 

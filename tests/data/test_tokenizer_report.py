@@ -160,7 +160,7 @@ def test_the_report_of_several_compares_them_and_skips_what_cannot_be_shown(prin
         ["char", "2", "4", "1.00"],
     ]
     assert "ab│\\xc3│\\xa9" in said
-    assert "the character 'é' at place 2 is not among" in said
+    assert "the character 'é' at place 3 is not among" in said
     assert max(map(len, said.splitlines())) <= 100
 
 
