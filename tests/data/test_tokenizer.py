@@ -60,7 +60,7 @@ def test_an_unknown_character_is_named_with_its_place_and_what_is_known() -> Non
     with pytest.raises(ConfigError) as error:
         tokenizer.encode("abXc")
     assert str(error.value) == "the character 'X' at place 3 is not among the 4 characters the tokeniser knows: abc"
-    with pytest.raises(ConfigError, match="'\\\\U0010ffff' at place 0"):
+    with pytest.raises(ConfigError, match="'\\\\U0010ffff' at place 1"):
         tokenizer.encode("\U0010ffff")
 
 
