@@ -178,10 +178,12 @@ def _looked(told: dict[str, Any], seeds: int) -> list[str]:
     """What looking at a study more than once does to its verdicts."""
     looks, asked = told.get("looks", []), [n for n in told.get("seeds", []) if 1 < n <= seeds]
     if looks:
-        made, open_ = ([n for n in looks if n <= seeds], [n for n in looks if n > seeds])
-        found = [f"looked at after {', '.join(map(str, made))} seeds, as was planned beforehand"] if made else []
-        found += [f"looks are planned after {', '.join(map(str, open_))} seeds"] if open_ else []
-        return ["; ".join([*found, *(["seeds beyond the last look are not used"] if seeds > looks[-1] else [])])]
+        made, all_ = ", ".join(str(n) for n in looks if n <= seeds), ", ".join(map(str, looks))
+        if not made:
+            return [f"looks are planned after {all_} seeds"]
+        planned = "as was planned beforehand" if made == all_ else f"of the looks planned beforehand (after {all_})"
+        beyond = "; seeds beyond the last look are not used" if seeds > looks[-1] else ""
+        return [f"looked at after {made} seeds, {planned}{beyond}"]
     if len(asked) > 1:
         early = ", ".join(map(str, asked[:-1]))
         return [

@@ -96,7 +96,8 @@ def test_seeds_are_added_until_every_arm_is_decided(gptlab: Command, corpus_file
     assert row.verdict is not None
     assert row.verdict.kind in ("better", "worse")
     assert len(row.seeds) < 8
-    assert "looked at after 3, 4, 6, 8 seeds, as was planned beforehand" in clear.out
+    made = ", ".join(str(n) for n in (3, 4, 6) if n <= len(row.seeds))
+    assert f"looked at after {made} seeds, of the looks planned beforehand (after 3, 4, 6, 8)" in clear.out
     more = gptlab("ablate", *run, "--vary", "optimizer.learning_rate=1e-3,1e-1", "--seeds", "9")
     assert "as was planned beforehand; seeds beyond the last look are not used" in more.out
     open_ = gptlab("ablate", *run, "--vary", "model/init=gpt2,gpt2_nudged", "--until-decided", "4", "--seeds", "3", "--effect", "1e-12")

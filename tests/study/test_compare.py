@@ -102,7 +102,7 @@ def test_looks_that_were_not_made_are_not_told_as_made(corpus_file: Path) -> Non
     for seed in range(4):
         arm(corpus_file, f"seed={seed}", job=seed)
     for looks, told in (
-        ([4, 6], "looked at after 4 seeds, as was planned beforehand; looks are planned after 6 seeds"),
+        ([4, 6], "looked at after 4 seeds, of the looks planned beforehand (after 4, 6)"),
         ([2, 4], "looked at after 2, 4 seeds, as was planned beforehand"),
         ([5], "looks are planned after 5 seeds"),
         ([2, 3], "looked at after 2, 3 seeds, as was planned beforehand; seeds beyond the last look are not used"),
