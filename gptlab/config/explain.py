@@ -193,6 +193,8 @@ def wrong_key(key: str, owner: str = "") -> str:
         return f"{key} is a new one, which takes a plus: {new}"
     if key.startswith("data.validation.") or key == "data.validation":
         return f"{key} is a new set, which takes a plus: +data.validation.NAME=FILE"
+    if re.match(r"hydra\.sweeper\.(vary|arms|params|stages)(\.|$)", key):
+        return f"{key} is a new one, which takes a plus: +{key}=… (`gptlab ablate --vary` and `--arm` write it for you)"
     keys = known_keys()
     siblings = [k for k in keys if k.rpartition(".")[0] == parent and "/" not in k]
     mark = next((m for m in "/." if m in key), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gptlab.config import launch as launching
+from gptlab.config.errors import ConfigError
 from gptlab.config.sources import config_dir
 from gptlab.config.sweep import sweep
 
@@ -73,6 +75,12 @@ def test_a_job_is_given_what_hydras_own_command_line_gives_it(
 def test_what_hydra_would_speak_about_is_left_to_it(arguments: list[str]) -> None:
     asked = sweep([a for a in arguments if a != "-m"], multirun="-m" in arguments)
     assert asked.launch is None
+
+
+@pytest.mark.parametrize("given", ["hydra.sweeper.vary={seed: '0,1'}", "hydra.sweeper.vary.seed='0,1'"])
+def test_a_dictionary_of_a_sweeper_takes_a_plus(given: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(given.partition('=')[0])} is a new one, which takes a plus"):
+        sweep(["hydra/sweeper=arms", given], multirun=True)
 
 
 def test_one_run_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
