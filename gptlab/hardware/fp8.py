@@ -19,8 +19,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, narrow:
     """
     if any(size % TILE for size in (*weight.shape, x.numel() // x.shape[-1])):
         return F.linear(x, weight, bias)
-    product: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
-    return product if bias is None else product + bias.to(product.dtype)
+    made: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return made if bias is None else made + bias.to(made.dtype)
 
 
 def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -29,8 +29,13 @@ def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype), scale
 
 
-def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """(m, k) · (n, k)ᵀ: the hardware wants both with k innermost."""
+def product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """(m, k) · (n, k)ᵀ: the hardware wants both with k innermost.
+
+    On a CPU the same product of the same 8-bit values, summed in fp32 as well: torch's own takes 0.2 s there for 512 x 64 x 256.
+    """
+    if not a[0].is_cuda:
+        return (a[0].float() @ b[0].float().t()).mul_(a[1] * b[1]).bfloat16()
     return torch._scaled_mm(a[0].contiguous(), b[0].contiguous().t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16)
 
 
@@ -40,7 +45,7 @@ class _Product(torch.autograd.Function):
         rows, matrix = quantised(x.reshape(-1, x.shape[-1]), FORWARD), quantised(weight, FORWARD)
         context.save_for_backward(*rows, *matrix)
         context.shape, context.dtypes = x.shape, (x.dtype, weight.dtype)
-        return _product(rows, matrix).view(*x.shape[:-1], weight.shape[0])
+        return product(rows, matrix).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -48,7 +53,7 @@ class _Product(torch.autograd.Function):
         given, scale = quantised(gradients[0].reshape(-1, gradients[0].shape[-1]), BACKWARD)
         of_x = of_weight = None
         if context.needs_input_grad[0]:
-            of_x = _product((given, scale), (matrix.t(), matrix_scale)).to(context.dtypes[0]).view(context.shape)
+            of_x = product((given, scale), (matrix.t(), matrix_scale)).to(context.dtypes[0]).view(context.shape)
         if context.needs_input_grad[1]:
-            of_weight = _product((given.t(), scale), (rows.t(), row_scale)).to(context.dtypes[1])
+            of_weight = product((given.t(), scale), (rows.t(), row_scale)).to(context.dtypes[1])
         return of_x, of_weight

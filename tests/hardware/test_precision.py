@@ -17,7 +17,7 @@ from gptlab import compose, train
 from gptlab.config.errors import ConfigError, Stopped
 from gptlab.config.resolve import Machine, resolve
 from gptlab.data.prepare import prepare
-from gptlab.hardware.fp8 import fp8_linear, quantised
+from gptlab.hardware.fp8 import BACKWARD, FORWARD, fp8_linear, product, quantised
 from gptlab.hardware.precision import autocast, in_precision
 from gptlab.model.linear import Linear
 from gptlab.model.transformer import new_model
@@ -46,6 +46,13 @@ def test_fp8_products_are_close_forward_and_backward() -> None:
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).norm() / b.norm() < 0.08
+
+
+@pytest.mark.parametrize("left", [FORWARD, BACKWARD])
+def test_the_product_of_a_cpu_is_torchs_own(left: torch.dtype) -> None:
+    a, b = quantised(drawn(64, 96), left), quantised(drawn(48, 96), FORWARD)
+    torchs = torch._scaled_mm(a[0], b[0].t(), scale_a=a[1], scale_b=b[1], out_dtype=torch.bfloat16)
+    torch.testing.assert_close(product(a, b), torchs, rtol=2**-7, atol=1e-5)  # the last bit of bf16: sums are rounded in another order
 
 
 def test_fp8_leaves_an_odd_product_in_bf16_and_takes_zeros() -> None:
