@@ -121,8 +121,8 @@ def known_tokens(parent: Run) -> int:
     return int(written_in(str(parent.directory))["vocabulary"])
 
 
-def fill(trainer: Trainer) -> None:
-    """Give a new run's model the weights it begins with. Every rank calls it.
+def fill(trainer: Trainer) -> int:
+    """Give a new run's model the weights it begins with; the step they are of. Every rank calls it.
 
     Raises ConfigError naming the first tensor of another shape.
     """
@@ -140,14 +140,14 @@ def fill(trainer: Trainer) -> None:
         beside = {name: tensor for name, tensor in trainer.model.state_dict().items() if added(name)}
         known = known_tokens(parent)
         checkpoint.fill(trainer.model, fitted(weights, own, where, known, trainer.data.vocabulary) | beside, found)
+    return checkpoint.step_of(found)
 
 
-def note(trainer: Trainer) -> None:
-    """Write down in the run's folder whose weights it began with."""
-    parent, found = _parent(trainer.config.trainer.init_from)
-    told = {"run": parent.identity, "name": parent.name, "study": parent.study, "step": checkpoint.step_of(found)}
+def note(trainer: Trainer, step: int) -> None:
+    """Write down in the run's folder whose weights, of which step, it began with."""
+    parent = _run_of(trainer.config.trainer.init_from)
     if trainer.world.first:
-        trainer.run.write(PARENT, told)
+        trainer.run.write(PARENT, {"run": parent.identity, "name": parent.name, "study": parent.study, "step": step})
 
 
 def initial(trainer: Trainer) -> Transformer:

@@ -201,7 +201,7 @@ def find_run(reference: str) -> Run:
         some = ", ".join(f"{r.study}/{r.directory.name}" for r in matches[:4]) + (", …" if len(matches) > 4 else "")
         more = "give more of the identity" if len({r.identity for r in matches}) > 1 else "give the directory of one"
         raise ConfigError(f"{reference!r} matches {len(matches)} runs ({some}); {more}")
-    known = [r.identity for r in runs] + [r.directory.name for r in runs]
+    known = [word for r in runs for word in (r.identity, r.directory.name, f"{r.study}/{r.name}")]
     raise ConfigError(f"no run matches {reference!r}{suggest(reference, known)}; `gptlab runs list` shows them")
 
 

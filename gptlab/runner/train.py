@@ -140,9 +140,9 @@ def _find_or_train(resolved: Config, data: Prepared, world: World, request: _Req
     trainer = _built(resolved, data, run, request.started)  # what cannot be built is said before anything is made
     if origin and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints)):
         origin.found = world.share(lambda: branch.check(trainer, origin))
-    inherited = bool(resolved.trainer.init_from) and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints))
-    if inherited:
-        inherit.fill(trainer)  # weights that do not fit are told before anything is made, too
+    inherited = None  # the step of the weights it begins with, once they are there
+    if resolved.trainer.init_from and world.share(lambda: request.rerun or not checkpoint.checkpoints(run.checkpoints)):
+        inherited = inherit.fill(trainer)  # weights that do not fit are told before anything is made, too
     with contextlib.ExitStack() as held:
 
         def take() -> dict[str, Any] | None:
@@ -224,7 +224,7 @@ def _clear(run: Run) -> None:
     checkpoint.remove_all(run.checkpoints)
 
 
-def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin | None, inherited: bool) -> Outcome:
+def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin | None, inherited: int | None) -> Outcome:
     config, run, world = trainer.config, trainer.run, trainer.world
     if world.first:
         checkpoint.remove_partial(run.checkpoints)
@@ -238,9 +238,7 @@ def _train(trainer: Trainer, tracker: Tracker, title: str, origin: branch.Origin
     if origin and not trainer.state.step:
         branch.begin(trainer, origin)
     elif config.trainer.init_from and not trainer.state.step:
-        if not inherited:  # there were checkpoints, and none was whole
-            inherit.fill(trainer)
-        inherit.note(trainer)
+        inherit.note(trainer, inherit.fill(trainer) if inherited is None else inherited)  # None: there were checkpoints, and none was whole
     _announce(trainer, title)
     if not world.first:
         with RunProgress(title, trainer.steps) as progress, contextlib.closing(trainer.writer):
