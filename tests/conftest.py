@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 
 from gptlab.config import registry
 from gptlab.runner.run import Run
@@ -88,6 +89,12 @@ def _own_components() -> Iterator[None]:
             for part in slot.split("/"):
                 group = group.get(part, {})
             group.pop(f"{name}.yaml", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_job_of_another_test() -> None:
+    """A program begins without a job of Hydra's; here the one of the test before would still be there."""
+    HydraConfig.instance().cfg = None
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 JOB_NAME = "train"
 MOST_REMEMBERED = 1000  # jobs, of a fifth of a megabyte each
@@ -56,6 +57,8 @@ def launch(loader: ConfigLoader, composed: DictConfig, task: Callable[[DictConfi
     GlobalHydra.instance().initialize(hydra)
     try:
         begin = hydra.multirun if composed.hydra.mode == RunMode.MULTIRUN else hydra.run
-        begin(composed.hydra.job.config_name, task, list(composed.hydra.overrides.task))
+        given = OmegaConf.to_container(composed.hydra.overrides.task, resolve=False)  # what an override refers to is not known before a run
+        begin(composed.hydra.job.config_name, task, given)
     finally:
+        HydraConfig.instance().cfg = None  # a launcher leaves its last job's there
         GlobalHydra.instance().clear()

@@ -18,6 +18,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.config.sources import config_dir
 from gptlab.config.sweep import sweep
 
+ARMS = ["-m", "hydra/sweeper=arms", "+hydra.sweeper.vary={model/norm: 'layernorm,rmsnorm'}"]
 SEEN: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
 
@@ -57,7 +58,7 @@ def by_us(*arguments: str) -> list[Any]:
         (["model/norm=rmsnorm", "seed=3", "hydra.job.chdir=false"], 1),
         (["-m", "seed=0,1", "model/norm=layernorm,rmsnorm"], 4),
         (["-m", "seed=5"], 1),
-        (["-m", "hydra/sweeper=arms", "+hydra.sweeper.vary={model/norm: 'layernorm,rmsnorm'}", "hydra.sweeper.seeds=2"], 4),
+        ([*ARMS, "hydra.sweeper.seeds=2"], 4),
         (["hydra.mode=MULTIRUN", "seed=0,1"], 2),
     ],
 )
@@ -81,6 +82,20 @@ def test_what_hydra_would_speak_about_is_left_to_it(arguments: list[str]) -> Non
 def test_a_dictionary_of_a_sweeper_takes_a_plus(given: str) -> None:
     with pytest.raises(ConfigError, match=rf"{re.escape(given.partition('=')[0])} is a new one, which takes a plus"):
         sweep(["hydra/sweeper=arms", given], multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["name=${hydra:job.name}_${seed}"], ["train_0"]),
+        (["-m", "seed=3,4", "name=${hydra:job.name}_${hydra:job.num}_${seed}"], ["train_0_3", "train_1_4"]),
+        ([*ARMS, "hydra.sweeper.seeds=1", "name=${hydra:job.num}"], ["0", "1"]),
+    ],
+)
+def test_an_override_may_refer_to_its_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+    monkeypatch.setenv("GPTLAB_LAUNCH", str(tmp_path))
+    assert [str(config["name"]) for _, config in by_us(*arguments)] == names
+    assert HydraConfig.instance().cfg is None, "and the next has none"
 
 
 def test_one_run_is_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
