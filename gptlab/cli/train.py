@@ -210,9 +210,8 @@ def task(composed: DictConfig) -> float | None:
     state: dict[str, Any] = {"sweep": sweep, "job": number, "title": title, "study": str(composed.study)}
     try:
         config = _side_by_side(compose.to_config(composed, overrides), job.launcher.get("n_jobs"))
-        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + (
-            title if config.arm else config.name or title
-        )
+        state["title"] = title if config.arm else config.name or title
+        title = (f"{number + 1}/{os.environ[SIZE]} " if sweep and SIZE in os.environ else "") + state["title"]
         again, chosen = bool(os.environ.get(RERUN)), compose.settings(overrides)
         outcome = train_run(config, rerun=again, title=title, settings=chosen, overrides=overrides, job=number)
     except Pruned as error:

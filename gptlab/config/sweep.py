@@ -37,16 +37,16 @@ class Point:
 @dataclass(frozen=True)
 class Sweep:
     """What overrides ask for. `points`: None where hydra/sweeper makes up its own; `study`: of a sweep over arms; `search`: the sweeper
-    that chooses as it goes; `stages`: of runs that begin with one another's weights; `size`: how many runs there will be (0: not known);
-    `elsewhere`: on other machines, which share the runs' folder and not this one's temporary files; `launch`: does it, with the function of
-    one run; None where Hydra's own command line has something to say about it."""
+    that chooses as it goes; `stages`: the overrides of runs that begin with one another's weights; `size`: how many runs there will be (0:
+    not known); `elsewhere`: on other machines, which share the runs' folder and not this one's temporary files; `launch`: does it, with
+    the function of one run; None where Hydra's own command line has something to say about it."""
 
     swept: bool
     points: list[Point] | None
     study: Study | None = None
     name: str = ""  # of the study's folder
     search: str = ""
-    stages: bool = False
+    stages: dict[str, list[str]] = field(default_factory=dict)
     size: int = 0
     elsewhere: bool = False
     launch: Callable[[Callable[[DictConfig], Any]], None] | None = field(default=None, repr=False, compare=False)
@@ -57,10 +57,13 @@ def points(overrides: Sequence[str], *, what: str) -> list[Point]:
 
     Raises ConfigError for a sweep whose points nobody knows beforehand; `what` is who asks, for its sentence.
     """
-    found = sweep(overrides).points
-    if found is None:
+    asked = sweep(overrides)
+    if asked.stages:
+        one = " ".join([*next(iter(asked.stages.values())), "hydra.mode=RUN"])
+        raise ConfigError(f"{what}, and each stage after the first begins with the run before it; give the values of one: {one}")
+    if asked.points is None:
         raise ConfigError(f"{what}, and hydra/sweeper makes up its own; give the values of one run")
-    return found
+    return asked.points
 
 
 def sweep(overrides: Sequence[str], *, multirun: bool = False) -> Sweep:
@@ -116,7 +119,7 @@ def _asked(loader: ConfigLoader, composed: DictConfig, overrides: Sequence[str],
         return Sweep(True, None, name=str(composed.study), search="halving", size=size)
     if kind == stages.TARGET:
         jobs_of = stages.jobs_of(hydra.sweeper, [o for o in overrides if not o.startswith("-")], parser)
-        return Sweep(True, None, name=str(composed.study), stages=True, size=len(jobs_of))
+        return Sweep(True, None, name=str(composed.study), stages=jobs_of, size=len(jobs_of))
     if not kind.endswith("BasicSweeper"):
         return Sweep(True, None)
     parameters = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]

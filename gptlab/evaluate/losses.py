@@ -18,7 +18,7 @@ from gptlab.data.tokenizer import Tokenizer
 from gptlab.hardware.precision import autocast
 from gptlab.model.mask import document_starts
 from gptlab.model.transformer import Transformer
-from gptlab.runner.validation import EVALUATION_LOGITS, EVALUATION_TOKENS
+from gptlab.runner.validation import EVALUATION_TOKENS
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,11 @@ def judged(model: Transformer, batch: Batch) -> tuple[npt.NDArray[np.float64], n
     targets = batch.targets.reshape(-1)
 
     def reduce(features: Float[Tensor, "b t d"], within: Transformer) -> Tensor:
-        rows, size = features.reshape(-1, features.shape[-1]), max(1, EVALUATION_LOGITS // within.vocabulary)
         made = []
-        for start in range(0, len(rows), size):
-            logits = within.logits(rows[start : start + size]).float()
+        for part, logits in within.logits_by_parts(features.reshape(-1, features.shape[-1])):
             whole = torch.logsumexp(logits, -1)
             top, place = logits.max(-1)
-            of_target = logits.gather(-1, targets[start : start + size, None])[:, 0]
+            of_target = logits.gather(-1, targets[part, None])[:, 0]
             made.append(torch.stack(((whole - of_target).double(), (top - whole).exp().double(), place.double()), -1))
         return torch.cat(made)
 

@@ -7,7 +7,7 @@ Shapes: b batch, t tokens, d width, h heads, g key/value heads, k head width, v 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from gptlab.model.parametrisation import Parametrisation, widening
 from gptlab.model.position import Position
 
 Reduce = Callable[[Tensor, "Transformer"], Tensor]
+LOGITS_AT_ONCE = 1 << 26  # of a pass that measures: 268 MB
 
 
 class Transformer(nn.Module):
@@ -157,6 +158,14 @@ class Transformer(nn.Module):
         multiple = self.parametrisation.multiple
         logits: Tensor = self.head(features if multiple == 1 else features / multiple)
         return logits if logits.shape[-1] == self.vocabulary else logits[..., : self.vocabulary]
+
+    def logits_by_parts(self, features: Float[Tensor, "n d"]) -> Iterator[tuple[slice, Float[Tensor, "m v"]]]:
+        """The head over so many rows at a time as LOGITS_AT_ONCE allows: which they are, and their logits in fp32. For passes without
+        gradients, which take longer to get the memory for a large vocabulary than to compute in it."""
+        size = max(1, LOGITS_AT_ONCE // self.vocabulary)
+        for start in range(0, len(features), size):
+            part = slice(start, start + size)
+            yield part, self.logits(features[part]).float()
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache that fits this model's attention, on its device and in its dtype."""

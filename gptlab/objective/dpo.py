@@ -193,8 +193,9 @@ def answer_sums(model: Transformer, batch: Batch) -> Float[Tensor, "b p 2"]:
 
     def reduce(features: Tensor, within: Transformer) -> Tensor:
         asked = features.gather(1, place[..., None].expand(-1, -1, features.shape[-1]))
-        logits = within.logits(asked).float()
-        each = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        rows, aims = asked.flatten(0, 1), targets.flatten()
+        whole = [(slice(None), within.logits(rows).float())] if torch.is_grad_enabled() else within.logits_by_parts(rows)
+        each = -torch.cat([F.cross_entropy(logits, aims[part], reduction="none") for part, logits in whole]).view_as(targets)
         return each.new_zeros(len(each), slots + 1).scatter_add(1, slot, each)
 
     sums: Tensor = model(batch.inputs, document=batch.document, reduce=reduce)

@@ -23,7 +23,6 @@ from gptlab.tracker.protocol import Metrics
 
 ALONE = World()
 EVALUATION_TOKENS = 8192  # of one forward pass
-EVALUATION_LOGITS = 1 << 26  # held at a time; a larger vocabulary's are made in parts
 
 
 @dataclass(frozen=True)
@@ -143,11 +142,8 @@ def scored(model: Transformer, batch: Batch, *, count_right: bool) -> Tensor:
     weight = None if batch.weight is None else batch.weight.reshape(-1)
 
     def reduce(features: Tensor, within: Transformer) -> Tensor:
-        rows, size = features.reshape(-1, features.shape[-1]), max(1, EVALUATION_LOGITS // within.vocabulary)
-        parts = [slice(start, start + size) for start in range(0, len(rows), size)]
-        each = [
-            _each(within.logits(rows[part]).float(), targets[part], None if weight is None else weight[part], count_right) for part in parts
-        ]
+        parts = within.logits_by_parts(features.reshape(-1, features.shape[-1]))
+        each = [_each(logits, targets[part], None if weight is None else weight[part], count_right) for part, logits in parts]
         return torch.cat(each).view(*batch.targets.shape, 2).sum(1, dtype=torch.float64)
 
     sums: Tensor = model(batch.inputs, document=batch.document, reduce=reduce)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gptlab.cli.train import ExitWith
 from gptlab.cli.train import train as command
 from gptlab.config.errors import ConfigError
 from gptlab.config.explain import references_as_text
+from gptlab.config.sweep import points
 from gptlab.runner.run import find_run, remove_run
 from tests.tiny import tiny
 
@@ -59,6 +61,7 @@ def test_after_a_stage_that_failed_none_is_begun(corpus_file: Path, capsys: pyte
     with pytest.raises(ExitWith):
         command(arguments(corpus_file, chats=STAGES["chats"] + " data.too_long=keep"))
     shown = capsys.readouterr()
+    assert "failed: chats: " in shown.out + shown.err
     assert "data.too_long=keep is not one of cut, drop, refuse" in shown.out + shown.err
     assert "the stages after it were not begun" in shown.out + shown.err
     with pytest.raises(ConfigError):
@@ -74,6 +77,16 @@ def test_what_stages_cannot_be_is_refused() -> None:
         command(["-m", "hydra/sweeper=stages", "+hydra.sweeper.stages.a='optimizer.learning_rate=1e-3,1e-2'"])
     with pytest.raises(ConfigError, match="--price -1"):
         lineage("latest", price=-1, as_json=False)
+
+
+def test_of_stages_the_first_can_be_planned_alone() -> None:
+    with pytest.raises(ConfigError, match="each stage after the first begins with the run before it; give the values of one: ") as refused:
+        points(["experiment=chatbot", "seed=3"], what="plan")
+    one = shlex.split(str(refused.value).partition("of one: ")[2])
+    assert one[-1] == "hydra.mode=RUN"
+    assert [point.overrides for point in points(one, what="plan")] == [one]
+    config = compose(one)
+    assert (config.name, config.seed, config.study) == ("text", 3, "chatbot")
 
 
 def test_a_run_whose_name_looks_like_a_number_is_a_run(corpus_file: Path) -> None:

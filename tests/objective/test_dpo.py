@@ -94,6 +94,21 @@ def test_an_answers_log_probability_is_that_of_its_tokens_whatever_lies_beside_i
                 assert sums[row, place, side].item() == pytest.approx(each[own[1:]].sum().item(), abs=1e-3)
 
 
+def test_without_gradients_never_more_logits_are_held_than_the_bound(file: Path, base: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = prepare(compose(pairs_of(file, base)).data)
+    model = load(base).model
+    batch = located(batch_of(Conversations(data, "train", CONTEXT, 0, "cut").fetch(np.arange(3), True)))
+    whole = answer_sums(model, batch)
+    asked: list[int] = []
+    monkeypatch.setattr("gptlab.model.transformer.LOGITS_AT_ONCE", 50 * model.vocabulary)
+    model.head.register_forward_hook(lambda _, __, logits: asked.append(logits.numel()))
+    with torch.no_grad():
+        by_parts = answer_sums(model, batch)
+    assert len(asked) > 3
+    assert max(asked) <= 50 * model.vocabulary
+    torch.testing.assert_close(by_parts, whole.detach(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
 def test_the_better_answers_become_likelier_than_the_worse_ones(file: Path, base: Run, loss: str) -> None:
     made = train(compose(pairs_of(file, base, f"objective.loss={loss}"))).run
