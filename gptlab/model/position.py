@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import register
+from gptlab.model.table import tabulated
 
 ScoreBias = Callable[[Tensor, Tensor, Tensor], Tensor]  # (head, query place, key place) -> what is added to the score
 
@@ -77,7 +78,8 @@ class Sinusoidal(Position):
         self.amplitude = amplitude  # the size of the token embeddings they are added to
         half = (width + 1) // 2
         self.width = width
-        self.register_buffer("frequency", base ** (-torch.arange(half, dtype=torch.float32) / half), persistent=False)
+        frequency = tabulated(lambda: base ** (-torch.arange(half, dtype=torch.float32) / half), half, dtype=torch.float32)
+        self.register_buffer("frequency", frequency, persistent=False)
 
     def embed(self, x: Float[Tensor, "b t d"], positions: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
         angle = positions[..., None].to(self.frequency.dtype) * self.frequency
@@ -106,11 +108,20 @@ class Rotary(Position):
         return self.base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
 
     def _tabulate(self, length: int, device: torch.device | None, dtype: torch.dtype) -> None:
-        frequency = self.frequency(device)
-        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
-        # (length, head width): both halves turn by the same angles, as in Llama's layout
-        self.register_buffer("cos", torch.cat((angle, angle), -1).cos().to(dtype), persistent=False)
-        self.register_buffer("sin", torch.cat((-angle, angle), -1).sin().to(dtype), persistent=False)
+        def cosines() -> Tensor:
+            angle = self._angles(length, device)
+            # (length, head width): both halves turn by the same angles, as in Llama's layout
+            return torch.cat((angle, angle), -1).cos().to(dtype)
+
+        def sines() -> Tensor:
+            angle = self._angles(length, device)
+            return torch.cat((-angle, angle), -1).sin().to(dtype)
+
+        for name, made in (("cos", cosines), ("sin", sines)):
+            self.register_buffer(name, tabulated(made, length, self.head_width, dtype=dtype, device=device), persistent=False)
+
+    def _angles(self, length: int, device: torch.device | None) -> Float[Tensor, "t half"]:
+        return torch.arange(length, dtype=torch.float64, device=device)[:, None] * self.frequency(device)
 
     def reach(self, length: int) -> None:
         if length > self.cos.shape[0]:

@@ -27,6 +27,7 @@ from gptlab.model.linear import undrawn
 from gptlab.model.mask import document_starts
 from gptlab.model.parametrisation import Parametrisation, widening
 from gptlab.model.position import Position
+from gptlab.model.table import tabulated
 
 Reduce = Callable[[Tensor, "Transformer"], Tensor]
 LOGITS_AT_ONCE = 1 << 26  # of a pass that measures: 268 MB
@@ -86,7 +87,8 @@ class Transformer(nn.Module):
         last = self.blocks[-1] if config.depth else None
         self.norm = norm() if last is None or getattr(last, "final_norm", True) else nn.Identity()
         self.head: nn.Module = build(config.head, width=width, vocabulary=rows, embedding=self.embedding)
-        self.register_buffer("order", torch.arange(context_length)[None], persistent=False)
+        order = tabulated(lambda: torch.arange(context_length)[None], 1, context_length, dtype=torch.int64)
+        self.register_buffer("order", order, persistent=False)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
