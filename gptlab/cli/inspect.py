@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptlab.config.errors import ConfigError, DataError, IOFailure
+from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import component_of
 from gptlab.data.loader import held_out_batches
-from gptlab.data.prepare import prepare
 from gptlab.data.reader import read_file
 from gptlab.hardware.device import machine
 from gptlab.interpret.embeddings import analogy, neighbours
 from gptlab.interpret.features import autoencoder, has_autoencoder
 from gptlab.interpret.inspection import Inspection, inspect
+from gptlab.interpret.own_text import own_text
 from gptlab.interpret.tuning import TunedLens, tune_lens
 from gptlab.interpret.units import excited
 from gptlab.model.transformer import count_parameters
@@ -31,6 +33,7 @@ PROMPT_TOKENS = 64  # of held-out text, where no prompt is given
 ROW = 128  # tokens of a row of the text that units are looked for in
 KINDS = {"induction": "induction", "previous_token": "previous-token", "duplicate_token": "duplicate-token"}
 TOLD = 3  # heads of each kind
+LEAST = 0.1  # the score below which a head is none of the kind
 NEAR = 8  # tokens that are nearest to one
 
 
@@ -61,29 +64,30 @@ def inspect_run(
     where = output or Path(f"inspect-{_slug(loaded, run)}.html")
     state, warnings = _state(loaded, checkpoint)
     with console.status("looking for text"):
-        rows, source = _rows(loaded, text, tokens)
+        texts = _rows(loaded, text, tokens)
     told = prompt if file is None else _read(file)
-    if told is None and rows is None:
-        raise ConfigError(f"{run} has no text of its own to read ({source}): --prompt gives one")
+    if told is None and texts.rows is None:
+        raise ConfigError(f"{run} has no text of its own to read ({texts.source}): --prompt gives one")
     with console.status("reading"):
-        lens = _tuned(loaded, rows, source) if tuned else None
-        given = told if told is not None else rows[0, :PROMPT_TOKENS].tolist()  # type: ignore[index]
-        found = inspect(loaded, given, tuned=lens)
+        lens = _tuned(loaded, texts, shown=told is None) if tuned else None
+        found = inspect(loaded, texts.beginning() if told is None else told, tuned=lens)
     remarks = [(warning, True) for warning in warnings]
     if told is None:
-        remarks.append((f"No prompt was given: this is the beginning of {source}.", False))
+        remarks.append((f"No prompt was given: this is the beginning of {texts.source}.", False))
+        if tuned and texts.rows is not None and len(texts.rows) == 1:
+            remarks.append(("The tuned lens is shown on the text that it learned from, its only row: it looks better than it is.", True))
     remarks += [(fact, False) for fact in facts(found)]
     with console.status("looking for what excites units"):
-        features = autoencoder(loaded, checkpoint=checkpoint) if has_autoencoder(loaded) else None
-        units = excited(loaded, found.tokens[None], rows, features=features)
+        features = autoencoder(loaded, checkpoint=checkpoint, weights=weights) if has_autoencoder(loaded) else None
+        units = excited(loaded, found.tokens[None], texts.rows, document=texts.document, features=features)
     beside = Beside(
         title=_title(loaded, run),
         summary=_summary(loaded, state, len(found.tokens)),
         made=f"made by gptlab inspect · {loaded.weights} weights · {state}",
         remarks=remarks,
         units=units,
-        corpus=rows,
-        source=source,
+        corpus=texts.rows,
+        source=texts.source,
         near=_near(loaded, found),
         analogies=[(asked, _pairs(analogy(loaded, asked, top=NEAR))) for asked in analogies],
     )
@@ -145,11 +149,14 @@ def facts(found: Inspection) -> list[str]:
     heads = [(layer, head) for layer, scores in found.scores.get("induction", {}).items() for head in range(len(scores))]
     for name, kind in KINDS.items() if heads else ():
         best = sorted(heads, key=lambda at: -float(found.scores[name][at[0]][at[1]]))[:TOLD]
-        shown = ", ".join(f"layer {layer} head {head} ({float(found.scores[name][layer][head]):.2f})" for layer, head in best)
-        told.append(f"Strongest {kind} heads: {shown}.")
+        scores = [float(found.scores[name][layer][head]) for layer, head in best]
+        shown = ", ".join(f"layer {layer} head {head} ({score:.2f})" for (layer, head), score in zip(best, scores, strict=True))
+        told.append(f"Strongest {kind} heads: {shown}." if scores[0] >= LEAST else f"No {kind} head: the best has {scores[0]:.2f}.")
     if found.patterns is None:
         told.append(f"No attention pattern: {found.notes['attention']}.")
-    elif found.patterns.note:
+    elif not heads:
+        told.append(f"No scores of heads: {found.notes['scores']}.")
+    if found.patterns is not None and found.patterns.note:
         told.append(f"{found.patterns.note[0].upper()}{found.patterns.note[1:]}.")
     return told
 
@@ -172,8 +179,29 @@ def _read(file: Path) -> str:
         raise DataError(f"--prompt-file {file} cannot be read ({error})") from error
 
 
-def _rows(loaded: Loaded, text: Path | None, tokens: int) -> tuple[Tensor | None, str]:
-    """Rows (r, t) of `text`, or of the run's held-out text, and what they are of; None where there is none, and why."""
+@dataclass(frozen=True)
+class _Texts:
+    """Rows of text (r, t) and what they are of; without rows, why there are none. `document`: of each token, where the model is told."""
+
+    rows: Tensor | None
+    source: str
+    document: Tensor | None = None
+
+    def beginning(self) -> list[int]:
+        """The first row's first tokens; of a row of several texts the first of at least two tokens, which saw no other."""
+        assert self.rows is not None
+        row: list[int] = self.rows[0].tolist()
+        first = 0
+        for _, same in groupby([] if self.document is None else self.document[0].tolist()):
+            length = len(list(same))
+            if length >= 2:
+                return row[first : first + length][:PROMPT_TOKENS]
+            first += length
+        return row[:PROMPT_TOKENS]
+
+
+def _rows(loaded: Loaded, text: Path | None, tokens: int) -> _Texts:
+    """Rows of `text`, or of the run's held-out text."""
     length = min(ROW, loaded.config.model.context_length)
     if text is not None:
         if not text.is_file():
@@ -187,25 +215,22 @@ def _rows(loaded: Loaded, text: Path | None, tokens: int) -> tuple[Tensor | None
         if length < 2:
             raise DataError(f"--text {text} holds fewer than two tokens")
         count = min(len(ids), tokens) // length or 1
-        return torch.tensor(ids[: count * length]).view(count, length), text.name
-    data = loaded.config.data
-    if loaded.run is None or component_of(data.corpus).name == "none":
-        return None, "it was not trained here"
+        return _Texts(torch.tensor(ids[: count * length]).view(count, length), text.name)
     try:
-        prepared = prepare(data)
-    except (ConfigError, DataError, IOFailure) as error:
-        return None, f"its text is not here: {error}"
-    written = (loaded.run.read("data.json") or {}).get("hash")
-    if written is not None and written != prepared.hash:
-        return None, "its text has changed since it was trained"
-    name = next(n for n in prepared.validation_names if n != "val" or not prepared.parts)
+        prepared, name = own_text(loaded)
+    except DataError as error:
+        return _Texts(None, str(error))
     count = max(1, tokens // length)
-    batch = next(held_out_batches(prepared, name, length, count * length, count))
-    return batch.inputs.long(), "its held-out text"
+    batch = next(held_out_batches(prepared, name, length, count * length, count, documents=loaded.model.sees_documents))
+    return _Texts(batch.inputs.long(), "its held-out text", batch.document)
 
 
-def _tuned(loaded: Loaded, rows: Tensor | None, source: str) -> TunedLens | None:
-    """A tuned lens, learned on the rows. Raises ConfigError where there are none, or no layers."""
-    if rows is None:
-        raise ConfigError(f"--tuned-lens needs a text to learn from ({source}): --text FILE names one")
-    return tune_lens(loaded, rows)
+def _tuned(loaded: Loaded, texts: _Texts, *, shown: bool) -> TunedLens:
+    """A tuned lens, learned on the rows; without the first where that is shown and there are others, since it would be judged on it.
+
+    Raises ConfigError where there are no rows, or no layers.
+    """
+    if texts.rows is None:
+        raise ConfigError(f"--tuned-lens needs a text to learn from ({texts.source}): --text FILE names one")
+    first = 1 if shown and len(texts.rows) > 1 else 0
+    return tune_lens(loaded, texts.rows[first:], document=None if texts.document is None else texts.document[first:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component_of
 from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
-from gptlab.interpret.taps import Edit, Place, hooked, places
+from gptlab.interpret.taps import Edit, Place, check_given, hooked, places, tapped
 from gptlab.model.transformer import Transformer
 
 
@@ -56,12 +55,11 @@ def run_with(
     A glob may stand for several. What is captured besides is as it is after the edits. Raises ConfigError as `capture`.
     """
     inside, ids = model_of(model), tokens_of(model, tokens)
-    changed = {place: edit for name, edit in edits.items() for place in places(inside, name)}
-    found, logits, fused = forward(inside, ids, places(inside, names), changed, document)
     names = [names] if isinstance(names, str) else list(names)
-    exact = [n for n in names if not re.search(r"[*?\[]", n) and n not in found]
-    if exact:
-        raise ConfigError(f"{exact[0]} is a part of this model that gives no activation; gptlab.interpret.names(model) lists those that do")
+    given = tapped(inside, edits)
+    changed = {place: edit for name, edit in edits.items() for place in places(inside, name) if place in given}
+    found, logits, fused = forward(inside, ids, places(inside, names), changed, document)
+    check_given(inside, names, found)
     return Activations(ids, logits, found, kernel_note(inside) if fused else "")
 
 

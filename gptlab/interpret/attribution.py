@@ -70,7 +70,8 @@ def attribute(
 
     `against`: another token, for the difference of the two logits. Heads, feed-forwards, the embedding, positions, and biases apart;
     where no part can be told from another (an attention of another kind than multihead, a mixture of experts) all it writes is one.
-    Raises ConfigError for a block, stream or norm from outside whose arithmetic is not known, naming it.
+    Raises ConfigError for a block, stream or norm from outside whose arithmetic is not known, naming it, and where the parts do not add
+    up to what the model says.
     """
     inside, ids = model_of(model), tokens_of(model, tokens)
     for block in inside.blocks:
@@ -80,7 +81,7 @@ def attribute(
     for layer, block in enumerate(inside.blocks):
         taps = ["", ".attention", ".ffn", ".residual_mid", ".attention_out_norm", ".ffn_out_norm"]
         wanted += [f"blocks.{layer}{tap}" for tap in taps if not tap or hasattr(block, tap[1:])]
-        wanted += [f"blocks.{layer}.attention.z"] if isinstance(block.attention, MultiHead) else []
+        wanted += [f"blocks.{layer}.attention.z"] if type(block.attention) is MultiHead else []
     found, logits, _ = forward(inside, ids, places(inside, wanted), {})
     with torch.no_grad():
         parts = _through_blocks(inside, found, _embedded(inside, ids, found))
@@ -92,8 +93,25 @@ def attribute(
         values = torch.stack([(part * direction).sum(-1) for part in parts.values()]) / inside.parametrisation.multiple
         cap = getattr(inside.head, "soft_cap", None)
         whole = (inside.norm(last) * direction).sum(-1) / inside.parametrisation.multiple
+        told = logits.gather(-1, aim[..., None])[..., 0]
+        told = told if against is None else told - logits.gather(-1, _aimed(model, against, ids)[..., None])[..., 0]
+        if cap is None or against is None:  # of a difference the cap does not let through what it was
+            _check_sum(values.float(), told.float(), cap, torch.finfo(values.dtype).eps)
     note = "" if cap is None else f"the logits are those before model.head.soft_cap={cap:g}, which is not linear"
     return Attribution(list(parts), values, whole, ids, aim, note)
+
+
+def _check_sum(values: Float[Tensor, "c b t"], told: Float[Tensor, "b t"], cap: float | None, eps: float) -> None:
+    """Raise ConfigError where the values do not add up to the model's own logit, within what the format of the weights rounds."""
+    found = values.sum(0)
+    found = found if cap is None else cap * torch.tanh(found / cap)
+    gap = (found - told).abs()
+    eps = eps if values.device.type == "cpu" else max(eps, 2**-10)  # a GPU may multiply in TF32
+    if (gap > 1e-2 + 1e-3 * told.abs() + 4 * eps * values.abs().sum(0)).any():
+        raise ConfigError(
+            f"what the parts add is up to {float(gap.max()):.3g} away from the model's logit: some part (an adapter, a subclass) adds what "
+            "is not known, and nothing can be attributed; of an adapted model, load() gives one with its adapters merged"
+        )
 
 
 def _aimed(given: Model, token: Tensor | int | str, ids: Tensor) -> Int[Tensor, "b t"]:
@@ -120,9 +138,9 @@ def _embedded(model: Transformer, ids: Tensor, found: Parts) -> Parts:
     order = model.order[:, : ids.shape[1]]
     added = model.position.embed(embedding, order)
     parts = {"embedding": embedding} | ({} if added is embedding else {"position": added - embedding})
-    if isinstance(model.input, PlainInput):
+    if type(model.input) is PlainInput:
         return parts
-    if isinstance(model.input, NormalisedInput):
+    if type(model.input) is NormalisedInput:
         scale = _scale(added, 1e-6)
         return {name: part * scale for name, part in parts.items()}
     return parts | {"input": found["embedded"] - added}
@@ -161,7 +179,7 @@ def _sum(*several: Parts) -> Parts:
 def _into(model: Transformer, stream: nn.Module, parts: Parts, embedded: Parts) -> Parts:
     if type(stream) is PlainStream:
         return parts
-    if isinstance(stream, InputSkip):
+    if type(stream) is InputSkip:
         kept = {name: stream.keep * part for name, part in parts.items()}
         return kept if stream.skip is None else _sum(kept, {name: stream.skip * part for name, part in embedded.items()})
     raise ConfigError(f"{described(model, 'stream')}: what it makes of the stream is not known, and what comes before cannot be attributed")
@@ -169,14 +187,14 @@ def _into(model: Transformer, stream: nn.Module, parts: Parts, embedded: Parts) 
 
 def _came(stream: Any, x: Tensor, embedded: Tensor) -> Tensor:
     """What the block itself was given."""
-    if isinstance(stream, InputSkip):
+    if type(stream) is InputSkip:
         return stream.keep * x if stream.skip is None else torch.addcmul(stream.keep * x, stream.skip, embedded)
     return x
 
 
 def _attention(model: Transformer, name: str, attention: Any, found: Parts) -> Parts:
     """Each head's share of what attention writes, and its bias."""
-    if not isinstance(attention, MultiHead):
+    if type(attention) is not MultiHead:  # a subclass may write more than its heads do
         return _with_bias(f"{name}.attention", found[f"{name}.attention"], attention)
     z = found[f"{name}.attention.z"]
     z = z.view(*z.shape[:2], attention.heads, attention.head_width)

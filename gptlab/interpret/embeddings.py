@@ -18,6 +18,8 @@ from gptlab.model.position import Position
 if TYPE_CHECKING:
     import pandas as pd
 
+MINUS = ("-", "\u2212")  # the second is what a word processor makes of the first
+
 
 def neighbours(model: Model, token: str | int, *, top: int = 10) -> pd.DataFrame:
     """The tokens whose embeddings have the largest cosine with that of a token (a text of one token, or its id): token, text, cosine."""
@@ -36,7 +38,7 @@ def analogy(model: Model, expression: str, *, top: int = 10) -> pd.DataFrame:
     tokenizer = tokenizer_of(model, "an analogy")
     parts = expression.split()
     words, between = parts[::2], parts[1::2]
-    if len(words) != len(between) + 1 or not set(between) <= {"+", "-"}:
+    if len(words) != len(between) + 1 or not set(between) <= {"+", *MINUS}:
         raise ConfigError(f"{expression!r} is no analogy; write one as `vater - mann + frau`, with spaces around the signs")
     ids = [token_of(model, word, as_word=True) for word in words]
     signs = [1.0, *(1.0 if sign == "+" else -1.0 for sign in between)]

@@ -14,8 +14,8 @@ from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
 from gptlab.interpret.sizes import collect
 from gptlab.interpret.taps import Edit, Place, places
 from gptlab.model.autoencoder import PREFIX, SparseAutoencoder
-from gptlab.runner.averages import fill
-from gptlab.runner.checkpoint import choose, load_model
+from gptlab.runner.averages import fill, kept_in, wants_average
+from gptlab.runner.checkpoint import choose, load_tensors
 from gptlab.runner.load import Loaded
 
 
@@ -57,15 +57,22 @@ def has_autoencoder(loaded: Loaded) -> bool:
     return loaded.run is not None and component_of(loaded.config.objective).name == "sae"
 
 
-def autoencoder(loaded: Loaded, *, checkpoint: str = "latest") -> Features:
-    """The autoencoder of a run of objective=sae, at one of its checkpoints. Raises ConfigError for any other run, CheckpointError."""
+def autoencoder(loaded: Loaded, *, checkpoint: str = "latest", weights: str = "default") -> Features:
+    """The autoencoder of a run of objective=sae, at one of its checkpoints; `checkpoint` and `weights` as of `load`.
+
+    Raises ConfigError for any other run or an average that it does not keep, CheckpointError.
+    """
     if not has_autoencoder(loaded) or loaded.run is None:
         raise ConfigError(
             "this is no run of objective=sae, and has no autoencoder; "
             "gptlab train objective=sae trainer.init_from=RUN objective.activation=blocks.0 makes one"
         )
     chosen = choose(loaded.run.checkpoints, checkpoint)
-    found = {name.removeprefix(PREFIX): tensor for name, tensor in load_model(chosen).items() if name.startswith(PREFIX)}
+    kept = kept_in(chosen)
+    tensors, others = load_tensors(chosen)
+    if wants_average(kept, weights, str(chosen)) and kept is not None:
+        tensors |= {name.removeprefix(kept.tensors): tensor for name, tensor in others.items() if name.startswith(kept.tensors)}
+    found = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     options = loaded.config.objective
     made = SparseAutoencoder(found["directions"].shape[1], found["directions"].shape[0], options.active)  # type: ignore[attr-defined]
     fill(made.state_dict(), found, chosen)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -27,7 +26,8 @@ def model_of(model: Model) -> Transformer:
 def tokens_of(model: Model, tokens: Tokens, what: str = "the prompt") -> Int[Tensor, "b t"]:
     """Ids as (b, t), on the model's device.
 
-    Raises ConfigError for a text without a tokeniser, no tokens, more of them than the context, or ids beyond the vocabulary.
+    Raises ConfigError for a text without a tokeniser, several texts, no tokens, more of them than the context, and ids that are no whole
+    numbers or beyond the vocabulary.
     """
     inside = model_of(model)
     if isinstance(tokens, str):
@@ -35,11 +35,18 @@ def tokens_of(model: Model, tokens: Tokens, what: str = "the prompt") -> Int[Ten
             raise ConfigError(
                 f"{what} is a text, and a bare model has no tokeniser: give token ids, or what load() gives instead of its .model"
             )
-        tokens = [int(i) for i in model.tokenizer.encode(tokens)]
+        text, tokens = tokens, [int(i) for i in model.tokenizer.encode(tokens)]
+        if not tokens:
+            raise ConfigError(f"{what} is {text!r}, which has no token; give a text of at least one")
+    if isinstance(tokens, Sequence) and any(isinstance(row, str) for row in tokens):
+        raise ConfigError(f"{what} is a list of texts; give one text, or rows of token ids of one length")
     try:
-        ids = torch.as_tensor(tokens, dtype=torch.long, device=inside.embedding.weight.device)
+        given = torch.as_tensor(tokens, device=inside.embedding.weight.device)
     except ValueError as error:
         raise ConfigError(f"{what} has rows of different lengths; rows of one study must have the same ({error})") from error
+    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+        raise ConfigError(f"{what} is of {str(given.dtype).removeprefix('torch.')}; token ids are whole numbers")
+    ids = given.long()
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or not ids.numel():
         raise ConfigError(f"{what} must be at least one token, as ids (t,) or (b, t), not of shape {tuple(ids.shape)}")
@@ -95,16 +102,3 @@ def same_tokenizer(runs: Mapping[str, Loaded]) -> Tokenizer:
                 "compared; compare runs of one tokeniser"
             )
     return runs[first].tokenizer
-
-
-@contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """Without dropout, whatever mode the model is in."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()

@@ -23,12 +23,12 @@ def repeated_tokens(model: Model, *, rows: int = 8, length: int | None = None, s
     """Rows of `length` random tokens, each row's twice in a row: what nobody could predict the first time, and induction the second.
 
     No token stands twice in one half, so that each of the second has one place to look. `length`: half the context, 64 and the
-    vocabulary at most, unless given. Raises ConfigError where that does not fit.
+    vocabulary at most, unless given, and so short (but at least 2) that the smallest window of a windowed attention, which looks at its
+    own token too, reaches back to where a token stood first. Raises ConfigError where that does not fit.
     """
     inside = model_of(model)
-    most = min(inside.config.context_length // 2, inside.vocabulary)
-    length = min(most, LONGEST) if length is None else length
-    sizes = f"model.context_length={inside.config.context_length} and a vocabulary of {inside.vocabulary}"
+    most = _most(inside)
+    length = repeat_length(inside) if length is None else length
     if not 2 <= length <= most:
         sizes = f"model.context_length={inside.config.context_length} and a vocabulary of {inside.vocabulary}"
         fits = f"from 2 to {most} would" if most >= 2 else "no tokens that repeat would"
@@ -38,6 +38,16 @@ def repeated_tokens(model: Model, *, rows: int = 8, length: int | None = None, s
     draw = torch.Generator().manual_seed(seed)
     half = torch.stack([torch.randperm(inside.vocabulary, generator=draw)[:length] for _ in range(rows)])
     return torch.cat((half, half), 1).to(inside.embedding.weight.device)
+
+
+def repeat_length(model: Transformer) -> int:
+    """The length of a half of `repeated_tokens`, unless given; below 2 for a model that has no room for one."""
+    windows = [getattr(getattr(block, "attention", None), "window", None) for block in model.blocks]
+    return min([_most(model), LONGEST, *(max(2, int(window) - 1) for window in windows if window is not None)])
+
+
+def _most(model: Transformer) -> int:
+    return min(model.config.context_length // 2, model.vocabulary)
 
 
 def head_scores(model: Model, tokens: Tokens | None = None, *, rows: int = 8, length: int | None = None, seed: int = 0) -> pd.DataFrame:

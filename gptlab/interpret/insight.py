@@ -37,7 +37,8 @@ class Insight(HeldOutDiagnostic):
     `rows` of random tokens twice over; entropy is a mean over heads, in nats. On held-out `tokens`: `insight/lens_depth`, the mean number
     of blocks after which the logit lens says what the model says, of the first `lens_tokens`; `insight/in_context_loss`, the loss of the
     last eighth of a row less that of the eighth around its first (Olsson et al., 2022), so that below 0 context helps (of a generated
-    task the loss less the entropy of its answers); `insight/residual_norm/LAYER`, the mean length of a token's stream after a block.
+    task the loss less the entropy of its answers; of chats, whose answers alone are trained, none); `insight/residual_norm/LAYER`,
+    the mean length of a token's stream after a block.
     """
 
     def __init__(self, *, every: int = 50, tokens: int = 2048, lens_tokens: int = 256, rows: int = 4, per_head: bool = False) -> None:
@@ -63,7 +64,7 @@ class Insight(HeldOutDiagnostic):
             return
         with self.timed(trainer):
             with autocast(trainer.device, trainer.config.hardware.precision):
-                found = of_text(trainer.model, self._batch, self.lens_tokens)
+                found = of_text(trainer.model, self._batch, self.lens_tokens, chat=trainer.data.chat)
             if self._repeated is not None:
                 found |= of_heads(trainer.model, self._repeated, per_head=self.per_head)
             told = {f"insight/{name}": value for name, value in (numbers(found) | _weight_norms(trainer)).items()}
@@ -83,8 +84,8 @@ def of_heads(model: Transformer, repeated: Int[Tensor, "b t"], *, per_head: bool
     return found
 
 
-def of_text(model: Transformer, batch: Batch, lens_tokens: int) -> dict[str, Tensor]:
-    """Lens depth, in-context loss and the stream's norms on a batch of held-out text."""
+def of_text(model: Transformer, batch: Batch, lens_tokens: int, *, chat: bool = False) -> dict[str, Tensor]:
+    """Lens depth, in-context loss (not of chats) and the stream's norms on a batch of held-out text."""
     names, streams, found = stream_names(model), dict[str, Tensor](), dict[str, Tensor]()
 
     def reduce(features: Tensor, within: Transformer) -> Tensor:
@@ -96,7 +97,8 @@ def of_text(model: Transformer, batch: Batch, lens_tokens: int) -> dict[str, Ten
 
     with hooked(model, places(model, names), streams, {}):
         nats = model(batch.inputs, document=batch.document, reduce=reduce)
-    found["in_context_loss"] = in_context(nats, batch)
+    if not chat:
+        found["in_context_loss"] = in_context(nats, batch)
     for layer, name in enumerate(names[1:]):
         found[f"residual_norm/{layer}"] = streams[name].float().norm(dim=-1).mean()
     return found

@@ -18,6 +18,7 @@ from gptlab.interpret.given import model_of, tokens_of
 from gptlab.interpret.heads import repeated_tokens, score_heads
 from gptlab.interpret.lenses import Lens, lens
 from gptlab.interpret.tuning import TunedLens
+from gptlab.model.experts import MixtureOfExperts
 from gptlab.model.position import Position
 from gptlab.model.transformer import Transformer
 from gptlab.runner.load import Loaded
@@ -78,7 +79,7 @@ def inspect(loaded: Loaded, tokens: list[int] | str, *, tuned: TunedLens | None 
         raise ConfigError(
             f"the prompt has {count:,} tokens; a page holds at most {MOST_TOKENS}, since each head's pattern has their square"
         )
-    notes: dict[str, str] = {}
+    notes: dict[str, str] = {"units": _units_note(model)}
     looked = {"logit lens": lens(loaded, ids)}
     if tuned is not None:
         looked["tuned lens"] = lens(loaded, ids, tuned=tuned)
@@ -104,6 +105,13 @@ def inspect(loaded: Loaded, tokens: list[int] | str, *, tuned: TunedLens | None 
     )
 
 
+def _units_note(model: Transformer) -> str:
+    """What is not shown of the units, and ''."""
+    if any(isinstance(block.ffn, MixtureOfExperts) for block in model.blocks):
+        return "The units of a mixture's experts are not shown."
+    return "" if any(hasattr(block.ffn, "hidden") for block in model.blocks) else "This model has no hidden units."
+
+
 def _table(one: Lens, following: Int[Tensor, " t-1"]) -> LensTable:
     rows = []
     for place in range(len(one.names)):
@@ -116,14 +124,18 @@ def _table(one: Lens, following: Int[Tensor, " t-1"]) -> LensTable:
 
 
 def _attention(loaded: Loaded, ids: Tensor, notes: dict[str, str]) -> tuple[Patterns | None, dict[str, dict[int, Tensor]]]:
-    """The patterns and each head's scores; where the model has none, the note says why."""
+    """The patterns and each head's scores; where the model has none, or no room for tokens that repeat, the note says why."""
     try:
         found = patterns(loaded, ids)
     except ConfigError as error:
         notes["attention"] = str(error)
         return None, {}
     notes["attention"] = found.note
-    repeated = repeated_tokens(loaded)
+    try:
+        repeated = repeated_tokens(loaded)
+    except ConfigError as error:
+        notes["scores"] = str(error)
+        return found, {}
     notes["scores"] = f"{repeated.shape[0]} rows of {repeated.shape[1] // 2} random tokens, each twice in a row"
     return found, score_heads(model_of(loaded), repeated)
 

@@ -14,7 +14,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.interpret.activations import forward
 from gptlab.interpret.given import Model, Tokens, model_of, token_of, tokens_of
 from gptlab.interpret.lenses import stream_names
-from gptlab.interpret.taps import Edit, Place, places
+from gptlab.interpret.taps import Edit, Place, places, tapped
 from gptlab.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ def patch(
     Raises ConfigError for prompts of different length or the same guess, a name that means nothing, or one without positions.
     """
     inside, (ids, others) = model_of(model), _both(model, source, target)
-    taken = places(inside, stream_names(inside) if names is None else names)
-    found, logits, _ = forward(inside, ids, taken, {})
+    taken = tapped(inside, stream_names(inside) if names is None else names)
+    found, logits, _ = forward(inside, ids, list(taken), {})
     plain = forward(inside, others, [], {})[1]
     measured, words = _measure(model, logits, plain, answer, against, metric)
     if positions:
-        values = [_by_position(inside, others, place, found[place.name], measured) for place in taken]
+        values = [_by_position(inside, others, place, axes, found[place.name], measured) for place, axes in taken.items()]
     else:
         values = [[float(measured(forward(inside, others, [], {place: found[place.name]})[1]))] for place in taken]
     columns = [str(position) for position in range(ids.shape[1])] if positions else ["all"]
@@ -104,9 +104,10 @@ def patch_paths(
     receiver alone is computed anew; then the target run goes on with it. Measure and errors as of `patch`.
     """
     inside, (ids, others) = model_of(model), _both(model, source, target)
-    sending = places(inside, senders)
+    sending = list(tapped(inside, senders))
     names = [receivers] if isinstance(receivers, str) else list(receivers)
-    receiving = [place for name in names for place in ([None] if name == LOGITS else places(inside, name))]
+    heard_by = tapped(inside, [name for name in names if name != LOGITS])
+    receiving = [p for name in names for p in ([None] if name == LOGITS else places(inside, name)) if p is None or p in heard_by]
     parts = [Place(name, name) for i in range(len(inside.blocks)) for name in (f"blocks.{i}.attention", f"blocks.{i}.ffn")]
     found, logits, _ = forward(inside, ids, sending, {})
     held, plain, _ = forward(inside, others, parts, {})
@@ -169,11 +170,16 @@ def _measure(
     return difference, f"the last position's logit of {pair}"
 
 
-def _by_position(model: Transformer, target: Int[Tensor, "b t"], place: Place, value: Tensor, measured: Metric) -> list[float]:
-    """The measure with the source run's value at each position alone: runs side by side, each with another position replaced."""
-    axis = {3: 1, 4: 2}.get(value.dim())  # (b, t, …), or (b, h, t, …)
-    if axis is None:
+def _by_position(
+    model: Transformer, target: Int[Tensor, "b t"], place: Place, axes: tuple[int, ...], value: Tensor, measured: Metric
+) -> list[float]:
+    """The measure with the source run's value at each position alone: runs side by side, each with another position replaced.
+
+    `axes`: those of its tokens; of a pattern's two the first is that of the queries.
+    """
+    if not axes or axes[0] == 0:
         raise ConfigError(f"{place.name} has no positions (its shape is {tuple(value.shape)}); patch it with positions=False")
+    axis = axes[0]
     b, t = target.shape
     measures: list[float] = []
     for positions in torch.split(torch.arange(t), max(1, MOST // (target.numel() * model.vocabulary))):

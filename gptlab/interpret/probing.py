@@ -16,7 +16,7 @@ from gptlab.interpret.fitting import fit
 from gptlab.interpret.given import Model, Tokens, model_of, tokens_of
 from gptlab.interpret.lenses import stream_names
 from gptlab.interpret.sizes import collect
-from gptlab.interpret.taps import places
+from gptlab.interpret.taps import tapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,7 @@ HELD_OUT = 0.25  # of the rows
 class Probe:
     """A trained probe: shares of held-out labels that it, one trained on shuffled labels, and the commonest label get right.
 
-    `control` (Hewitt & Liang, 2019) is near the commonest label's share where the probe reads and does not learn by heart.
+    `control` is of a probe whose labels were shuffled over the tokens, on both sides of the split: what labels that mean nothing give.
     """
 
     accuracy: float
@@ -51,7 +51,7 @@ def probe(
     """Logistic regression from vectors to labels (classes from 0; those below 0 are left out), judged on rows that it was not trained on.
 
     Whole rows are held out: neighbours in a text know each other's labels. Features are standardised by the training rows.
-    Raises ConfigError where shapes do not fit, where there is one class, and where a side of the split has no label.
+    Raises ConfigError where shapes do not fit, where there is one class to train on, and where a side of the split has no label.
     """
     if labels.shape != features.shape[:2] or features.dim() != 3:
         raise ConfigError(
@@ -64,9 +64,9 @@ def probe(
     split = max(1, round(held_out * len(labels)))
     sides = [order[split:], order[:split]]
     x, y = zip(*((features[rows][labels[rows] >= 0].float(), labels[rows][labels[rows] >= 0]) for rows in sides), strict=True)
-    classes = int(labels.max()) + 1
-    if not len(y[0]) or not len(y[1]) or classes < 2:
-        found = f"{len(y[0])} labels to train on, {len(y[1])} held out, {max(0, classes)} classes"
+    classes, distinct = int(labels.max()) + 1, len(y[0].unique())
+    if not len(y[0]) or not len(y[1]) or distinct < 2:
+        found = f"{len(y[0])} labels to train on, {len(y[1])} held out, {distinct} classes"
         raise ConfigError(f"a probe needs at least two rows with labels of at least two classes: there are {found}")
     mean, deviation = x[0].mean(0), x[0].std(0).clamp(min=1e-6) if len(x[0]) > 1 else torch.ones_like(x[0][0])
     x = tuple((part - mean) / deviation for part in x)
@@ -95,7 +95,7 @@ def probes(
     import pandas as pd
 
     inside, ids = model_of(model), tokens_of(model, tokens, "the corpus")
-    chosen = [place.name for place in places(inside, stream_names(inside) if names is None else names)]
+    chosen = [place.name for place in tapped(inside, stream_names(inside) if names is None else names)]
     lines = []
     for name in chosen:
         one = probe(collect(model, ids, name), labels.to(ids.device), steps=steps, seed=seed)

@@ -14,7 +14,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.interpret.activations import forward
 from gptlab.interpret.given import Model, Tokens, model_of, tokenizer_of, tokens_of
 from gptlab.interpret.lenses import stream_names
-from gptlab.interpret.taps import Place, places
+from gptlab.interpret.taps import Place, tapped
 from gptlab.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def rows_of(model: Model, text: str, *, length: int | None = None, limit: int | 
 def norms(model: Model, tokens: Tokens, names: str | Iterable[str] | None = None) -> pd.DataFrame:
     """One line an activation: name, layer (-1 outside of blocks), norm (of a token's vector, a mean over tokens), rms, and largest entry.
 
-    `names`: the stream, and what attention and feed-forward write to it, unless given.
+    `names`: the stream, and what attention and feed-forward write to it, unless given. Scores that are masked (-inf) are left out.
+    Raises ConfigError for a name that means nothing.
     """
     import pandas as pd
 
@@ -49,13 +50,14 @@ def norms(model: Model, tokens: Tokens, names: str | Iterable[str] | None = None
     if names is None:
         written = [f"blocks.{layer}.{part}" for layer in range(len(inside.blocks)) for part in ("attention", "ffn")]
         names = [*stream_names(inside), *written]
-    found, _, _ = forward(inside, ids, places(inside, names), {})
+    found, _, _ = forward(inside, ids, list(tapped(inside, names)), {})
     lines = []
     for name, x in found.items():
         layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
         if x.dim():  # a feed-forward that is none writes a bare zero
-            x = x.float()
-            lines.append((name, layer, float(x.norm(dim=-1).mean()), float(x.square().mean().sqrt()), float(x.abs().max())))
+            seen = x != -torch.inf
+            x = x.float().masked_fill(~seen, 0.0)
+            lines.append((name, layer, float(x.norm(dim=-1).mean()), float((x.square().sum() / seen.sum()).sqrt()), float(x.abs().max())))
     return pd.DataFrame(lines, columns=["name", "layer", "norm", "rms", "largest"])
 
 
@@ -85,7 +87,7 @@ def top_texts(
     for rows in _batches(ids):
         x = forward(inside, rows, [place], {})[0][place.name]
         x = x if through is None else through(x)
-        if x.dim() != 3:
+        if x.dim() != 3 or x.shape[:2] != rows.shape:
             raise ConfigError(f"{name} is no row of units a token (its shape is {tuple(x.shape)})")
         bad = [unit for unit in chosen if not 0 <= unit < x.shape[-1]]
         if bad:
@@ -106,7 +108,7 @@ def top_texts(
 
 
 def _one(model: Transformer, name: str) -> list[Place]:
-    found = places(model, name)
+    found = list(tapped(model, name))
     if len(found) != 1:
         raise ConfigError(f"{name} means {len(found)} activations, and units are those of one")
     return found

@@ -8,7 +8,7 @@ An activation is what a module gives, and has its path: `embedded`, `blocks.3.at
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import component_of, suggest
-from gptlab.interpret.given import Model, evaluating, model_of
+from gptlab.interpret.given import Model, model_of
+from gptlab.model.attention import Average
 from gptlab.model.kernel import Naive
+from gptlab.model.mode import evaluating
 from gptlab.model.transformer import Transformer
 
 Edit: TypeAlias = Tensor | Callable[[Tensor], Tensor]
@@ -79,6 +81,35 @@ def places(model: Transformer, names: str | Iterable[str]) -> list[Place]:
             raise _unknown(model, modules, name)
         found |= {place.name: place for place in taken}
     return list(found.values())
+
+
+def tapped(model: Transformer, names: str | Iterable[str]) -> dict[Place, tuple[int, ...]]:
+    """The places that names and globs mean and that give an activation, each with the axes along which its tokens lie.
+
+    (b, t, d) has 1, (b, h, t, k) has 2, a pattern has 2 and 3, and where the tokens of all rows lie in one axis, as a mixture's slots do,
+    it is 0. Runs the model on one token and on two: what grows is an axis of tokens (of a context of one token none is known).
+    Raises ConfigError for a name that means nothing, or only parts that give no activation.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    taken = places(model, names)
+    if not taken:
+        return {}
+    found: list[dict[str, Tensor]] = []
+    for length in (1, min(2, model.config.context_length)):
+        found.append({})
+        with hooked(model, taken, found[-1], {}):
+            model(torch.zeros((1, length), dtype=torch.long, device=model.embedding.weight.device))
+    one, two = found
+    check_given(model, names, one)
+    given = [place for place in taken if place.name in one]
+    return {p: tuple(i for i, (a, b) in enumerate(zip(one[p.name].shape, two[p.name].shape, strict=True)) if a != b) for p in given}
+
+
+def check_given(model: Transformer, names: Iterable[str], found: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError for a name or glob of which a forward has `found` nothing."""
+    for name in names:
+        if not any(place.name in found for place in places(model, name)):
+            raise ConfigError(f"{name} is a part of this model that gives no activation; gptlab.interpret.names(model) lists those that do")
 
 
 def _modules(model: Transformer) -> list[str]:
@@ -160,9 +191,11 @@ def _unknown(model: Transformer, modules: Sequence[str], name: str) -> ConfigErr
     if f".{tap}" in _OF_PATTERN:
         owners = [o for o in modules if o.endswith(".attention") and fnmatchcase(o, owner)]
         if owners:
-            return ConfigError(f"{name}: {described(model, owners[0])} has no {tap}; `patterns` gives what an even mean comes to")
+            told = f"{name}: {described(model, owners[0])} has no {tap}"
+            even = isinstance(model.get_submodule(owners[0]), Average)
+            return ConfigError(f"{told}; `patterns` gives what an even mean comes to" if even else f"{told} that could be shown")
     parts = [f"{o}.{k}.0" for o in modules for k in ("head", "neuron") if _has(model, o) and _parts(model.get_submodule(o), k)[0]]
-    near = suggest(name, [*modules, *parts], cutoff=0.4)
+    near = suggest(name, [*names(model), *parts], cutoff=0.4)
     return ConfigError(f"{name}: this model has no such activation{near}; gptlab.interpret.names(model) lists them")
 
 
@@ -171,7 +204,7 @@ def hooked(model: Transformer, read: Sequence[Place], into: dict[str, Tensor], e
     """Within, a forward puts the places read `into` a dictionary, as the edits have left them; in evaluation mode, without gradients.
 
     Attentions whose fused kernel shows no pattern compute with the naive one where their pattern or scores are read or changed;
-    these are given by their paths. Raises ConfigError after a forward in which a place that was named gave nothing.
+    these are given by their paths. A place that gives no tensor is not among what was read.
     """
     by_module: dict[str, tuple[list[Place], list[Place]]] = {}
     for place in edits:

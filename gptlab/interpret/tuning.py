@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
@@ -29,12 +29,25 @@ class TunedLens(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"], place: int) -> Float[Tensor, "... d"]:
         """The stream at a place (0: the embedding), in the last one's terms."""
-        out: Tensor = x if place == self.places - 1 else x + self.maps[place](x)
-        return out
+        if place == self.places - 1:
+            return x
+        wide = x.to(next(self.maps.parameters()).dtype)  # a model of half precision has its maps in fp32
+        out: Tensor = wide + self.maps[place](wide)
+        return out.to(x.dtype)
 
 
-def tune_lens(model: Model, tokens: Tokens, *, steps: int = 200, learning_rate: float = 1e-3, seed: int = 0) -> TunedLens:
+def tune_lens(
+    model: Model,
+    tokens: Tokens,
+    *,
+    steps: int = 200,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    document: Int[Tensor, "b t"] | None = None,
+) -> TunedLens:
     """A tuned lens trained on rows of tokens, some of them a step: the sum over layers of KL(model ‖ lens), a mean over tokens.
+
+    `document`: that of each token, where several share a row and the model keeps them apart.
 
     Judge it on other text than it was trained on. Raises ConfigError for a model without blocks, which has nothing to tune.
     """
@@ -48,7 +61,8 @@ def tune_lens(model: Model, tokens: Tokens, *, steps: int = 200, learning_rate: 
 
     def loss(step: int) -> Tensor:
         rows = torch.randperm(len(ids), generator=draw)[:ROWS].to(ids.device)
-        found, logits, _ = forward(inside, ids[rows], wanted, {})
+        within = None if document is None else document.to(ids.device)[rows]
+        found, logits, _ = forward(inside, ids[rows], wanted, {}, within)
         return _distance(inside, tuned, [found[name] for name in names[:-1]], logits.float().log_softmax(-1))
 
     frozen = [p for p in inside.parameters() if p.requires_grad]

@@ -40,11 +40,19 @@ class Excited:
 
 
 def excited(
-    model: Model, tokens: Tensor, corpus: Int[Tensor, "n s"] | None, *, per_layer: int = 6, top: int = 4, features: Features | None = None
+    model: Model,
+    tokens: Tensor,
+    corpus: Int[Tensor, "n s"] | None,
+    *,
+    document: Int[Tensor, "n s"] | None = None,
+    per_layer: int = 6,
+    top: int = 4,
+    features: Features | None = None,
 ) -> list[Excited]:
     """Of each layer the units that rise furthest above their own mean on the text (1, t), the furthest first; of `features` before them.
 
-    With a corpus, also its rows where each is largest. Layers without hidden units (no feed-forward, experts) have none.
+    With a corpus, also its rows where each is largest, as far as it rises above 0 there; `document` is that of each token of the corpus,
+    where several share a row and the model keeps them apart. Layers without hidden units (no feed-forward, experts) have none.
     """
     inside, ids = model_of(model), tokens_of(model, tokens)
     read: dict[str, _Read] = {} if features is None else {f"features of {features.name}": (features.name, features.encode)}
@@ -57,19 +65,23 @@ def excited(
     units = {layer: (x.amax(0) - x.mean(0)).topk(min(per_layer, x.shape[-1])).indices for layer, x in own.items()}
     seen: dict[str, list[Tensor]] = {layer: [] for layer in read}
     rows = max(1, PASS // corpus.shape[1]) if corpus is not None else 1
-    for part in () if corpus is None else torch.split(corpus.to(ids.device), rows):
-        for layer, held in _units(inside, part, read).items():
+    parts = [] if corpus is None else list(torch.split(corpus.to(ids.device), rows))
+    within = [None] * len(parts) if document is None else list(torch.split(document, rows))
+    for part, told in zip(parts, within, strict=True):
+        for layer, held in _units(inside, part, read, told).items():
             seen[layer].append(held[..., units[layer]])
     found = []
     for layer in read:
         values = torch.cat(seen[layer]) if seen[layer] else None  # (n, s, units)
         for i, unit in enumerate(units[layer].tolist()):
             best = [] if values is None else values[..., i].amax(1).topk(min(top, len(values))).indices.tolist()
-            texts = [] if values is None else [(row, values[row, :, i]) for row in best]
+            texts = [] if values is None else [(row, values[row, :, i]) for row in best if values[row, :, i].max() > 0]
             found.append(Excited(layer, unit, own[layer][:, unit], texts))
     return found
 
 
-def _units(model: Transformer, ids: Int[Tensor, "b t"], read: dict[str, _Read]) -> dict[str, Float[Tensor, "b t f"]]:
-    held, _, _ = forward(model, ids, places(model, [name for name, _ in read.values()]), {})
+def _units(
+    model: Transformer, ids: Int[Tensor, "b t"], read: dict[str, _Read], document: Tensor | None = None
+) -> dict[str, Float[Tensor, "b t f"]]:
+    held, _, _ = forward(model, ids, places(model, [name for name, _ in read.values()]), {}, document)
     return {layer: through(held[name]) for layer, (name, through) in read.items()}

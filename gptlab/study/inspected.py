@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from gptlab.config.errors import ConfigError, DataError, IOFailure
-from gptlab.config.registry import component_of
+from gptlab.config.errors import ConfigError, DataError
 from gptlab.data.loader import Batch, held_out_batches
-from gptlab.data.prepare import prepare
-from gptlab.interpret.heads import repeated_tokens
+from gptlab.data.prepared import Prepared
+from gptlab.interpret.heads import LONGEST, repeat_length, repeated_tokens
 from gptlab.interpret.insight import of_heads, of_text
+from gptlab.interpret.own_text import own_text
+from gptlab.model.transformer import meta_model
 from gptlab.runner.load import Loaded, load
-from gptlab.study.compare import base_of, collect, tokenizers
+from gptlab.study.compare import Arm, base_of, collect, tokenizers
 from gptlab.study.statistics import Interval, mean_interval, paired
 from gptlab.study.tables import markdown as as_markdown
 from gptlab.study.tables import table as as_table
@@ -59,7 +60,8 @@ def inspect_study(study: str, *, baseline: str | None = None) -> tuple[list[Meas
                           "cannot be compared; give arms of one tokeniser")  # fmt: skip
     base = base_of(study, arms, baseline)
     notes: dict[str, None] = {}
-    found = {arm.key: {seed: _measure(load(run), notes) for seed, run in arm.runs.items()} for arm in arms}
+    length = _length(arms)
+    found = {arm.key: {seed: _measure(load(run), length, notes) for seed, run in arm.runs.items()} for arm in arms}
     told = []
     for name in MEASURES:
         for arm in (base, *(a for a in arms if a is not base)):
@@ -71,36 +73,38 @@ def inspect_study(study: str, *, baseline: str | None = None) -> tuple[list[Meas
     return told, list(notes)
 
 
-def _measure(loaded: Loaded, notes: dict[str, None]) -> dict[str, float]:
-    """The measures that a model has; of what it has not, a note says why."""
+def _length(arms: Sequence[Arm]) -> int | None:
+    """Of the random tokens that stand twice: the smallest that a model with heads would have, since their length alone changes scores."""
+    configs = [run.config().model for arm in arms for run in arm.runs.values()]
+    lengths = [repeat_length(meta_model(config, LONGEST)) for config in configs if config.depth]
+    return min((length for length in lengths if length >= 2), default=None)
+
+
+def _measure(loaded: Loaded, length: int | None, notes: dict[str, None]) -> dict[str, float]:
+    """The measures that a model has; of what it has not, a note says why. `length`: of the random tokens that stand twice."""
     model = loaded.model
     found: dict[str, torch.Tensor] = {}
     try:
-        found |= of_heads(model, repeated_tokens(model, rows=ROWS))
+        own = repeat_length(model)
+        found |= of_heads(model, repeated_tokens(model, rows=ROWS, length=own if length is None else min(own, length)))
     except ConfigError as error:
         notes[f"no scores of heads: {error}"] = None
-    batch = _batch(loaded, notes)
-    if batch is not None:
-        found |= of_text(model, batch, LENS_TOKENS)
+    try:
+        prepared, name = own_text(loaded)
+    except DataError as error:
+        notes[f"no lens depth and no in-context loss of a run: {error}"] = None
+    else:
+        found |= of_text(model, _batch(loaded, prepared, name), LENS_TOKENS, chat=prepared.chat)
         if model.blocks:
             found["residual_norm"] = found[f"residual_norm/{len(model.blocks) - 1}"]
     numbers = {name: float(value) for name, value in found.items() if name in MEASURES}
     return numbers | {"weight_norm": math.sqrt(math.fsum(float(p.detach().double().square().sum()) for p in model.parameters()))}
 
 
-def _batch(loaded: Loaded, notes: dict[str, None]) -> Batch | None:
+def _batch(loaded: Loaded, prepared: Prepared, name: str) -> Batch:
     """The run's held-out text, always the same."""
-    data, context = loaded.config.data, loaded.config.model.context_length
-    if component_of(data.corpus).name == "none":
-        notes["a run without a text of its own has no lens depth and no in-context loss"] = None
-        return None
-    try:
-        prepared = prepare(data)
-    except (DataError, IOFailure) as error:
-        notes[f"no lens depth and no in-context loss: {error}"] = None
-        return None
+    context = loaded.config.model.context_length
     rows = max(1, TOKENS // context)
-    name = next(n for n in prepared.validation_names if n != "val" or not prepared.parts)
     return next(held_out_batches(prepared, name, context, rows * context, rows, documents=loaded.model.sees_documents))
 
 

@@ -89,7 +89,7 @@ def inspection_page(found: Inspection, tokenizer: Tokenizer, beside: Beside) -> 
         "attention": _attention(found),
         "attribution": _attribution(found, pieces),
         "norms": _norms(found),
-        "neurons": _neurons(beside, pieces),
+        "neurons": _neurons(found, beside, pieces),
         "neighbours": _neighbours(beside, pieces),
         "positions": _positions(found),
     }
@@ -175,6 +175,12 @@ def _attention(found: Inspection) -> dict[str, Any]:
     note = f"Every head's weights; each row adds up to 1. {_sentence(found.notes['attention'])}"
     if steps != STEPS[0]:
         note += f"They are told in {steps} steps, to keep this page small."
+    made = [
+        {"layer": layer, "heads": found.patterns[layer].shape[1], "data": encoded(one)} for layer, one in zip(layers, packed, strict=True)
+    ]
+    if not found.scores:
+        told = {"note": f"No scores: {found.notes['scores']}."}
+        return {"layers": made, "steps": steps, "note": note, "scores": told, "first": (0, 0)}
     named = {"previous": "previous_token", "duplicate": "duplicate_token", "induction": "induction", "entropy": "entropy"}
     scores: dict[str, Any] = {
         short: [[round(float(v), 4) for v in found.scores[name][layer]] for layer in layers] for short, name in named.items()
@@ -183,9 +189,6 @@ def _attention(found: Inspection) -> dict[str, Any]:
         "Share of a head's weight that goes to the token before, to an earlier token of the same kind, or to what followed that one; "
         f"on {found.notes['scores']}."
     )
-    made = [
-        {"layer": layer, "heads": found.patterns[layer].shape[1], "data": encoded(one)} for layer, one in zip(layers, packed, strict=True)
-    ]
     best = {
         name: max((score, i, head) for i, row in enumerate(scores[name]) for head, score in enumerate(row))
         for name in ("induction", "previous")
@@ -236,19 +239,22 @@ def _norms(found: Inspection) -> dict[str, Any]:
     return {"labels": labels, "series": series, "note": note}
 
 
-def _neurons(beside: Beside, pieces: _Pieces) -> dict[str, Any]:
+def _neurons(found: Inspection, beside: Beside, pieces: _Pieces) -> dict[str, Any]:
     layers: dict[str, list[dict[str, Any]]] = {}
     for unit in beside.units:
         texts = [_around(row, values, beside, pieces) for row, values in unit.texts]
         layers.setdefault(unit.layer, []).append({"unit": unit.unit, "high": unit.high, "prompt": _rises(unit.own), "texts": texts})
     if not layers:
-        return {"layers": [], "note": "This model has no hidden units."}
+        return {"layers": [], "note": found.notes["units"]}
     note = "Of each layer the units that rise furthest above their own mean on this text. "
+    note += f"{found.notes['units']} " if found.notes["units"] else ""
+    nothing = ""  # what is told of a unit without texts
     if beside.corpus is None:
         note += f"No other texts: {beside.source}; --text FILE names some."
     else:
         note += f"Below, where they are largest in {beside.corpus.numel():,} tokens of {beside.source}."
-    return {"layers": [{"layer": layer, "units": units} for layer, units in layers.items()], "note": note}
+        nothing = f"Nothing in {beside.source} excites it."
+    return {"layers": [{"layer": layer, "units": units} for layer, units in layers.items()], "note": note, "nothing": nothing}
 
 
 def _rises(values: Tensor) -> dict[str, Any]:

@@ -15,12 +15,16 @@ import pytest
 import torch
 
 from gptlab import compose, train
-from gptlab.interpret import capture
+from gptlab.cli import inspect as inspect_module
+from gptlab.config.errors import ConfigError
+from gptlab.interpret import capture, tune_lens
+from gptlab.interpret.units import excited
 from gptlab.runner.load import load
 from gptlab.runner.run import Run
 from gptlab.study.inspection_page import MOST_BYTES, packed_patterns
 from tests.browser import browser
 from tests.cli.conftest import Command
+from tests.data.test_conversations import chats, written
 from tests.tiny import tiny
 
 PROMPT = "the king sings"
@@ -41,7 +45,13 @@ def test_the_page_holds_what_the_model_computes(finished_run: Run, gptlab: Comma
     done = gptlab("inspect", str(finished_run.directory), "--prompt", PROMPT, "--output", str(file))
     assert done.code == 0, done.err
     assert f"page: {file}" in done.out.replace("\n", "")
-    for said in ("Mean loss", "Lens depth", "Strongest induction heads: layer 0 head", "computed by model/kernel=naive"):
+    for said in (
+        "Mean loss",
+        "Lens depth",
+        "Strongest previous-token heads: layer 0 head",
+        "No induction head: the best has 0.0",
+        "computed by model/kernel=naive",
+    ):
         assert said in done.out, said
     data, run = data_of(file), load(str(finished_run.directory))
     ids = run.tokenizer.encode(PROMPT).tolist()
@@ -114,6 +124,102 @@ def test_an_unfinished_run_is_shown_from_its_newest_checkpoint_and_says_so(finis
     assert data_of(tmp_path / "page.html")["remarks"][0]["warn"]
 
 
+def test_the_lens_is_shown_on_a_row_that_it_has_not_seen(
+    finished_run: Run, monkeypatch: pytest.MonkeyPatch, gptlab: Command, tmp_path: Path
+) -> None:
+    asked: list[torch.Tensor] = []
+
+    def tuned(model: Any, rows: torch.Tensor, **more: Any) -> Any:
+        asked.append(rows)
+        return tune_lens(model, rows, steps=1, **more)
+
+    monkeypatch.setattr(inspect_module, "tune_lens", tuned)
+    page = tmp_path / "page.html"
+    for tokens, prompt, count in ((64, [], 3), (16, [], 1), (64, ["--prompt", PROMPT], 4)):
+        done = gptlab("inspect", "latest", "--tuned-lens", "--tokens", str(tokens), *prompt, "--output", str(page))
+        assert done.code == 0, done.err
+        assert len(asked[-1]) == count
+        told = any("shown on the text that it learned from" in remark["text"] for remark in data_of(page)["remarks"])
+        assert told == (count == 1)
+    shown = [data_of(page)["pieces"][i] for i in data_of(page)["tokens"]]
+    assert "".join(shown) == PROMPT
+    assert torch.equal(asked[0], asked[2][1:])
+
+
+def test_of_packed_chats_the_first_is_the_prompt_and_none_sees_another(
+    gptlab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tiny(written(tmp_path, chats(60, turns=1, longest=3)), "objective=sft", steps=1)
+    swapped = {"data=text": "data/corpus=chat", "data/tokenizer=char": "data/tokenizer=chat"}
+    train(compose([*(swapped.get(o, o) for o in own), "model.context_length=128", "trainer.batch_tokens=256"]))
+    given: list[torch.Tensor] = []
+
+    def looked(*arguments: Any, document: torch.Tensor, **more: Any) -> Any:
+        given.append(document)
+        return excited(*arguments, document=document, **more)
+
+    monkeypatch.setattr(inspect_module, "excited", looked)
+    done = gptlab("inspect", "latest", "--tokens", "256", "--output", str(tmp_path / "page.html"))
+    assert done.code == 0, done.err
+    data = data_of(tmp_path / "page.html")
+    first = int((given[0][0] == given[0][0, 0]).sum())
+    assert given[0].unique().numel() > 1
+    assert len(data["tokens"]) == min(64, first)
+    assert "".join(data["pieces"][i] for i in data["tokens"]).count("<|user|>") <= 1
+
+
+def test_a_context_without_room_for_scores_and_a_unit_without_texts_have_a_page(corpus_file: Path, gptlab: Command, tmp_path: Path) -> None:
+    train(compose(tiny(corpus_file, "model.context_length=3", "trainer.batch_tokens=63", "model/ffn=relu2", steps=1)))
+    done = gptlab("inspect", "latest", "--prompt", "the", "--tokens", "3", "--output", str(tmp_path / "page.html"))
+    assert done.code == 0, done.err
+    assert "No scores of heads: 1 different tokens, twice, do not fit model.context_length=3" in done.out
+    data = data_of(tmp_path / "page.html")
+    assert len(data["attention"]["layers"]) == 1
+    assert data["attention"]["scores"] == {"note": data["attention"]["scores"]["note"]}
+    data["neurons"]["layers"][0]["units"][0]["texts"] = []
+    page_text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    start = page_text.index(">", page_text.index('<script type="application/json" id="data"')) + 1
+    (tmp_path / "page.html").write_text(
+        page_text[:start] + json.dumps(data) + page_text[page_text.index("</script>", start) :], encoding="utf-8"
+    )
+    with browser(tmp_path / "profile") as page:
+        page.look(390, 800)
+        page.go((tmp_path / "page.html").as_uri())
+        page.until("document.documentElement.dataset.ready === 'true'")
+        assert "Nothing in its held-out text excites it." in page.evaluate("document.getElementById('neurons').textContent")
+        heads = page.evaluate("[...document.querySelectorAll('#attribution thead th')].map((cell) => cell.textContent).join()")
+        assert heads.startswith("written by,sum,head 0,head 1,")
+        rows = page.evaluate(
+            "[...document.querySelectorAll('#attribution tbody tr')].map((r) => r.cells[0].textContent + r.cells[1].textContent).join()"
+        )
+        assert re.search(r"embedding[+−]\d", rows), "what is no layer's stands there too"
+        box = "document.getElementById('attribution')"
+        page.evaluate(f"{box}.scrollLeft = 200")
+        assert page.evaluate(f"{box}.querySelector('tbody th').getBoundingClientRect().left >= {box}.getBoundingClientRect().left - 1")
+        assert page.complaints() == []
+
+
+def test_an_autoencoder_is_opened_with_the_weights_that_are_asked_for(
+    finished_run: Run, gptlab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, str]] = []
+
+    def opened(loaded: object, **more: str) -> None:
+        asked.append(more)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(inspect_module, "has_autoencoder", lambda loaded: True)
+    monkeypatch.setattr(inspect_module, "autoencoder", opened)
+    assert "far enough" in gptlab("inspect", "latest", "--prompt", PROMPT, "--weights", "trained").err
+    assert asked == [{"checkpoint": "latest", "weights": "trained"}]
+
+
+def test_a_mixture_has_units_that_are_not_shown(corpus_file: Path, gptlab: Command, tmp_path: Path) -> None:
+    train(compose(tiny(corpus_file, "model/ffn=moe", steps=1)))
+    assert gptlab("inspect", "latest", "--prompt", PROMPT, "--output", str(tmp_path / "page.html")).code == 0
+    assert data_of(tmp_path / "page.html")["neurons"]["note"] == "The units of a mixture's experts are not shown."
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
@@ -143,6 +249,7 @@ def test_every_kind_of_model_has_a_page_that_says_what_it_lacks(
     [
         (["--prompt", "the king sings and reads under the table"], "has 40 tokens, more than model.context_length=16"),
         (["--prompt", "t"], "is one token; a page needs at least two"),
+        (["--prompt", ""], "the prompt is '', which has no token"),
         (["--prompt", "the", "--prompt-file", "x"], "--prompt and --prompt-file: one of them"),
         (["--prompt", "the", "--text", "nowhere.txt"], "--text nowhere.txt: there is no such file"),
         (["--prompt", "the", "--tokens", "0"], "--tokens 0 must be at least 1"),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gptlab.config.errors import ConfigError
 from gptlab.interpret import ablate, capture, run_with
+from gptlab.interpret.ablation import How, _edit
 from gptlab.interpret.activations import losses
+from gptlab.interpret.taps import tapped
 from gptlab.model.transformer import Transformer
 from tests.interpret.conftest import PARTS, small, some_tokens
 
@@ -86,6 +88,14 @@ def test_what_cannot_be_ablated_is_told() -> None:
         ablate(model, some_tokens(), "blocks.1.fn")
     with pytest.raises(ConfigError, match=r"blocks.0.ffn.slots has no rows that could be exchanged"):
         ablate(small(**PARTS["experts"]), some_tokens(), "blocks.0.ffn.slots", how="resample")
+    for how in ("zero", "mean", "resample"):
+        for kind, name in (("gpt2", "position"), ("experts", "blocks.0.ffn.down")):
+            with pytest.raises(ConfigError, match=f"^{name} is a part of this model that gives no activation; gptlab.interpret.names"):
+                ablate(small(**PARTS[kind]), some_tokens(), name, how=how)
+    with pytest.raises(
+        ConfigError, match="is of queries and keys, and its mean over rows of 6 tokens does not fit rows of 12; give a reference"
+    ):
+        ablate(model, some_tokens(), "blocks.0.attention.pattern", reference=some_tokens(2, 6))
 
 
 @torch.no_grad()
@@ -94,3 +104,45 @@ def test_losses_are_cross_entropy() -> None:
     logits = model(tokens)
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
     torch.testing.assert_close(losses(logits, tokens), expected)
+
+
+@pytest.mark.parametrize("how", ["zero", "mean"])
+@pytest.mark.parametrize("tap", ["pattern", "scores", "q", "v", "gate"])
+@torch.no_grad()
+def test_no_token_is_told_of_later_ones(tap: str, how: How) -> None:
+    model, tokens, reference = small(gate="per_head"), some_tokens(4), some_tokens(5, seed=3)
+    ((place, axes),) = tapped(model, f"blocks.0.attention.{tap}").items()
+    edit = _edit(model, place, axes, tokens, reference, how, 0)
+    other = tokens.clone()
+    other[:, -1] = (tokens[:, -1] + 1) % 29
+    one, two = (run_with(model, ids, {place.name: edit}).logits for ids in (tokens, other))
+    assert one.isfinite().all()
+    torch.testing.assert_close(one[:, :-1], two[:, :-1], rtol=0, atol=1e-6)
+    assert not torch.equal(one, model(tokens))
+
+
+@torch.no_grad()
+def test_a_mean_is_of_each_head_by_itself() -> None:
+    model, tokens = small(gate="per_head"), some_tokens(4)
+    for tap, axes in (("k", (0, 2)), ("gate", (0, 1)), ("pattern", (0,))):
+        name = f"blocks.1.attention.{tap}"
+        mean = capture(model, tokens, name)[name].mean(axes, keepdim=True)
+        by_hand = loss_of(run_with(model, tokens, {name: lambda x, mean=mean: mean.expand_as(x)}).logits, tokens)
+        assert ablate(model, tokens, name).loss[0] == pytest.approx(by_hand, abs=1e-6), tap
+
+
+def test_scores_of_zero_are_an_even_mean_of_what_may_be_seen() -> None:
+    model, tokens = small(), some_tokens()
+    name = "blocks.1.attention.scores"
+    ((place, axes),) = tapped(model, name).items()
+    seen = run_with(model, tokens, {name: _edit(model, place, axes, tokens, tokens, "zero", 0)}, "blocks.1.attention.pattern")
+    torch.testing.assert_close(seen["blocks.1.attention.pattern"][0, 0, 3], torch.tensor([0.25] * 4 + [0.0] * 8))
+
+
+def test_a_reference_of_the_same_rows_gives_no_row_its_own() -> None:
+    model, tokens = small(), some_tokens(2)
+    for seed in range(4):
+        other = ablate(model, tokens, "blocks.1.ffn", how="resample", reference=tokens.clone(), seed=seed)
+        assert other.cost[0] == ablate(model, tokens, "blocks.1.ffn", how="resample").cost[0], "of two rows there is one other"
+    with pytest.raises(ConfigError, match="give more rows, or a reference"):
+        ablate(model, tokens[:1], how="resample", reference=tokens[:1].clone())

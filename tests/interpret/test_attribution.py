@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,12 @@ from torch import Tensor, nn
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import components, register
 from gptlab.interpret import attribute, capture, run_with
+from gptlab.model.attention import MultiHead
 from gptlab.model.block import _Block
+from gptlab.model.head import Untied
+from gptlab.model.input import PlainInput
+from gptlab.model.lora import add_adapters
+from gptlab.model.stream import InputSkip
 from tests.interpret.conftest import PARTS, small, some_tokens
 
 
@@ -89,3 +96,60 @@ def test_a_token_beyond_the_vocabulary_has_no_logit() -> None:
         attribute(small(), some_tokens(), 40)
     with pytest.raises(ConfigError, match="one a position"):
         attribute(small(), some_tokens(), torch.zeros(2, 11))
+
+
+class Doubled(MultiHead):
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        return 2 * super().forward(x, context)
+
+
+class Shifted(PlainInput):
+    def forward(self, x: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        return x + 1
+
+
+@torch.no_grad()
+def test_a_subclass_is_one_part_and_the_sum_is_the_logit() -> None:
+    register("model/attention", "doubled")(Doubled)
+    register("model/input", "shifted")(Shifted)
+    model, tokens = small(attention="doubled", input="shifted"), some_tokens()
+    found = attribute(model, tokens, 3)
+    assert {"input", "blocks.0.attention", "blocks.0.attention.bias"} < set(found.components)
+    assert not any(".head." in name for name in found.components)
+    torch.testing.assert_close(found.values.sum(0), model(tokens)[..., 3], rtol=0, atol=1e-4)
+
+
+class Skipped(InputSkip):
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        return super().forward(x, context) + 1
+
+
+class Louder(Untied):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_what_adds_what_is_not_known_is_refused() -> None:
+    register("model/stream", "skipped")(Skipped)
+    with pytest.raises(ConfigError, match="model/stream=skipped: what it makes of the stream is not known"):
+        attribute(small(stream="skipped"), some_tokens())
+    register("model/head", "louder")(Louder)
+    with pytest.raises(
+        ConfigError, match=r"up to 1 away from the model's logit: some part \(an adapter, a subclass\) adds what is not known"
+    ):
+        attribute(small(head="louder"), some_tokens())
+    model = small()
+    add_adapters(model, 2, 4.0, ["attention"], 0)
+    attribute(model, some_tokens())  # an adapter begins by adding nothing
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("out.adapter.up"):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.5)
+    with pytest.raises(ConfigError, match="an adapter, a subclass"):
+        attribute(model, some_tokens())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_half_precision_rounds_is_no_part_that_is_not_known(dtype: torch.dtype) -> None:
+    for kind in ("gpt2", "llama", "speed run", "sandwich"):
+        attribute(small(**PARTS[kind]).to(dtype), some_tokens())

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from gptlab import load
 from gptlab.config.errors import ConfigError
+from gptlab.config.registry import register
 from gptlab.interpret import capture, names, patterns, run_with, same_tokenizer
-from gptlab.interpret.taps import Place
+from gptlab.interpret.taps import Place, tapped
 from gptlab.runner.run import Run
 from tests.interpret.conftest import PARTS, VOCABULARY, small, some_tokens
 
@@ -139,6 +141,9 @@ def test_a_part_that_has_no_such_thing_says_so(kind: str, name: str, told: str) 
         ([[1, 2], [3]], "rows of different lengths"),
         ([1, VOCABULARY], f"holds token {VOCABULARY}; this model's ids go from 0 to {VOCABULARY - 1}"),
         ("a text", "no tokeniser"),
+        (["a text", "another"], "the prompt is a list of texts; give one text, or rows of token ids of one length"),
+        ([1.0, 2.0], "the prompt is of float32; token ids are whole numbers"),
+        (torch.ones(1, 3, dtype=torch.bool), "the prompt is of bool; token ids are whole numbers"),
     ],
 )
 def test_tokens_that_the_model_cannot_take(tokens: Any, told: str) -> None:
@@ -154,6 +159,8 @@ def test_a_value_of_another_shape_is_refused() -> None:
 def test_a_run_takes_a_text_and_two_tokenisers_are_refused(finished_run: Run) -> None:
     run = load(finished_run)
     assert capture(run, "the king", "embedded")["embedded"].shape == (1, 8, 16)
+    with pytest.raises(ConfigError, match="the prompt is '', which has no token; give a text of at least one"):
+        capture(run, "")
     with pytest.raises(ConfigError, match="the prompt has 20 tokens"):
         capture(run, "the king" + " " * 12)
     assert same_tokenizer({"a": run, "b": run}) is run.tokenizer
@@ -161,3 +168,55 @@ def test_a_run_takes_a_text_and_two_tokenisers_are_refused(finished_run: Run) ->
     other.tokenizer.fit(["xyz"])
     with pytest.raises(ConfigError, match=r"a and b have two tokenisers .char and char."):
         same_tokenizer({"a": run, "b": other})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("gpt2", "position"), ("gpt2", "positio[n]"), ("experts", "blocks.0.ffn.down"), ("gpt2", "blocks.*.mlp")]
+)
+def test_a_change_of_what_gives_nothing_is_refused(kind: str, name: str) -> None:
+    told = "no such activation" if "mlp" in name else "is a part of this model that gives no activation"
+    with pytest.raises(ConfigError, match=told):
+        run_with(small(**PARTS[kind]), some_tokens(), {name: torch.zeros(())})
+
+
+def test_of_a_glob_what_gives_nothing_is_left_out() -> None:
+    model = small(**PARTS["experts"])
+    taken = [place.name for place in tapped(model, "blocks.0.ffn.*")]
+    assert "blocks.0.ffn.slots" in taken
+    assert "blocks.0.ffn.down" not in taken
+    assert all(name in names(model) for name in taken)
+
+
+def test_the_axes_of_tokens_are_those_that_grow_with_them() -> None:
+    dense = [
+        "embedded",
+        *(f"blocks.0.attention.{tap}" for tap in ("q", "v", "gate", "z", "head.1", "pattern", "scores")),
+        "blocks.0.ffn.neuron.3",
+    ]
+    found = {place.name.rpartition("attention.")[2]: axes for place, axes in tapped(small(kernel="sdpa"), dense).items()}
+    one = dict.fromkeys(("embedded", "gate", "z", "head.1", "blocks.0.ffn.neuron.3"), (1,))
+    assert found == one | {"q": (2,), "v": (2,), "pattern": (2, 3), "scores": (2, 3)}
+    flat = tapped(small(**PARTS["experts"]), ["blocks.0.ffn.slots", "blocks.0.ffn.scores", "blocks.0.ffn"])
+    assert list(flat.values()) == [(0,), (0,), (1,)]
+    assert list(tapped(small(**PARTS["no norm, no ffn"]), "blocks.0.ffn").values()) == [()]
+
+
+def test_the_nearest_name_gives_something() -> None:
+    with pytest.raises(ConfigError) as told:
+        capture(small(), some_tokens(), "positon")
+    assert "did you mean position?" not in str(told.value)
+
+
+class Dark(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: object) -> Tensor:
+        return self.out(x)
+
+
+def test_an_attention_from_outside_without_a_pattern_is_not_sent_to_what_fails_too() -> None:
+    register("model/attention", "dark")(Dark)
+    with pytest.raises(ConfigError, match=r"model/attention=dark has no pattern that could be shown$"):
+        patterns(small(attention="dark"), some_tokens())

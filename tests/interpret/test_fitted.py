@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptlab.config.errors import ConfigError, DivergedError
-from gptlab.interpret import probe, probes, top_texts
+from gptlab.interpret import lens, probe, probes, top_texts, tune_lens
 from gptlab.interpret.fitting import fit
 from tests.interpret.conftest import VOCABULARY, small, some_tokens
 
@@ -43,6 +43,8 @@ def test_what_cannot_be_fitted_is_told() -> None:
         probe(features, torch.zeros(4, 2, dtype=torch.long))
     with pytest.raises(ConfigError, match="3 held out, 1 classes"):
         probe(features, torch.zeros(4, 3, dtype=torch.long))
+    with pytest.raises(ConfigError, match="3 held out, 1 classes"):
+        probe(features, torch.ones(4, 3, dtype=torch.long))
     with pytest.raises(ConfigError, match="held_out=1"):
         probe(features, torch.zeros(4, 3, dtype=torch.long), held_out=1)
     with pytest.raises(ConfigError, match=r"optimizer=adamm is not registered .did you mean adam"):
@@ -55,3 +57,19 @@ def test_what_cannot_be_fitted_is_told() -> None:
 def test_texts_need_a_tokeniser() -> None:
     with pytest.raises(ConfigError, match="needs a tokeniser"):
         top_texts(small(), torch.randint(VOCABULARY, (2, 4)), "blocks.0.ffn.hidden", [0])
+
+
+def test_a_lens_of_a_model_in_half_precision_is_tuned() -> None:
+    model, tokens = small().to(torch.bfloat16), some_tokens(8)
+    tuned = tune_lens(model, tokens, steps=40)
+    plain, own = (lens(model, tokens, tuned=one).table() for one in (None, tuned))
+    assert own.kl[:3].mean() < 0.9 * plain.kl[:3].mean()
+    assert own.kl[3] == 0
+
+
+def test_a_lens_is_tuned_on_documents_apart() -> None:
+    model, tokens = small(), some_tokens(4)
+    apart = tune_lens(model, tokens, steps=2, document=torch.tensor([[0] * 5 + [1] * 7] * 4))
+    whole, one = (tune_lens(model, tokens, steps=2, document=document) for document in (None, torch.zeros_like(tokens)))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), one.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(whole.parameters(), apart.parameters(), strict=True))

@@ -63,3 +63,15 @@ def test_what_does_not_fit_is_told() -> None:
         repeated_tokens(small(context=2))
     with pytest.raises(ConfigError, match="no attention"):
         head_scores(small(depth=0))
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 64])
+def test_tokens_repeat_within_the_reach_of_a_window(window: int) -> None:
+    model = small(attention=("multihead", {"window": window}))
+    half = repeated_tokens(model).shape[1] // 2
+    assert half == max(2, min(8, window - 1))
+    scores = head_scores(model)
+    if window >= 3:
+        assert (scores.induction > 0).all()
+        assert (scores.duplicate_token > 0).all()
+    assert repeated_tokens(model, length=7).shape == (8, 14), "asked for, any that fits the context"

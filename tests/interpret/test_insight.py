@@ -15,6 +15,7 @@ from gptlab.data.prepare import prepare
 from gptlab.interpret import head_scores, lens, repeated_tokens
 from gptlab.interpret.insight import in_context, of_text
 from gptlab.runner.run import Run
+from tests.data.test_conversations import chats, written
 from tests.faulty import weights_hash
 from tests.ranks import Job, trained
 from tests.tiny import tiny
@@ -69,6 +70,15 @@ def test_of_a_task_the_loss_is_held_against_the_frequencies_of_its_answers() -> 
     nats[:, 2:] = 0.25
     entropy = -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.75).log())
     assert in_context(nats, Batch(targets, targets, weight)) == pytest.approx(0.25 - float(entropy))
+
+
+def test_chats_have_no_in_context_loss(tmp_path: Path) -> None:
+    own = tiny(written(tmp_path, chats(60, turns=1, longest=3)), INSIGHT, "callbacks.insight.tokens=512", steps=1)
+    swapped = {"data=text": "data/corpus=chat", "data/tokenizer=char": "data/tokenizer=chat"}
+    sizes = ["objective=sft", "model.context_length=128", "trainer.batch_tokens=256"]
+    line = told(train(compose([*(swapped.get(o, o) for o in own), *sizes])).run)[1]
+    assert {"insight/induction", "insight/lens_depth", "insight/residual_norm/0"} < set(line)
+    assert "insight/in_context_loss" not in line
 
 
 def test_a_model_without_patterns_is_told_once_and_the_rest_is_measured(corpus_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,3 +137,22 @@ def test_prompts_that_do_not_fit_are_told() -> None:
         patch_paths(model, SOURCE, TARGET[:, :7], "embedded")
     with pytest.raises(ConfigError, match=r"blocks.0.ffn.slots has no positions"):
         patch(small(**PARTS["experts"]), SOURCE, TARGET, "blocks.0.ffn.slots", metric=token_7)
+    with pytest.raises(ConfigError, match=r"blocks.0.ffn has no positions \(its shape is \(\)\)"):
+        patch(small(**PARTS["no norm, no ffn"]), SOURCE, TARGET, "blocks.0.ffn", metric=token_7)
+    for silent in ("position", "positio[n]"):
+        with pytest.raises(ConfigError, match="gives no activation"):
+            patch(model, SOURCE, TARGET, silent, metric=token_7)
+        with pytest.raises(ConfigError, match="gives no activation"):
+            patch_paths(model, SOURCE, TARGET, silent, metric=token_7)
+        with pytest.raises(ConfigError, match="gives no activation"):
+            patch_paths(model, SOURCE, TARGET, "embedded", ["logits", silent], metric=token_7)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_a_gate_is_patched_at_its_positions_and_not_at_its_heads(length: int) -> None:
+    model, source, target = small(gate="per_head"), SOURCE[:, :length], TARGET[:, :length]
+    names = ["blocks.2.attention.gate", "blocks.2.attention.z"]  # the one is the other, with the heads apart
+    found = patch(model, source, target, names, metric=token_7)
+    assert found.values.shape == (2, length)
+    torch.testing.assert_close(found.values[0], found.values[1], rtol=0, atol=1e-6)
+    assert (found.values[0, :-1] - found.of_target).abs().max() < 1e-6, "behind the last attention no position sees another"

@@ -38,6 +38,12 @@ def test_norms_are_those_of_the_activations() -> None:
     assert line.largest == pytest.approx(float(x.abs().max()))
     assert frame.loc["embedded"].layer == -1
     assert len(norms(small(**PARTS["no norm, no ffn"]), tokens)) == 7, "no feed-forward writes nothing that has a size"
+    scores = capture(model, tokens, "blocks.1.attention.scores")["blocks.1.attention.scores"]
+    seen = scores[scores > -torch.inf]
+    line = norms(model, tokens, "blocks.1.attention.scores").iloc[0]
+    assert (line.rms, line.largest) == pytest.approx((float((seen**2).mean() ** 0.5), float(seen.abs().max())))
+    with pytest.raises(ConfigError, match="gives no activation"):
+        norms(model, tokens, "position")
 
 
 def test_top_texts_are_those_of_the_largest_values(run: Loaded) -> None:
@@ -76,6 +82,7 @@ def test_neighbours_and_analogies_are_cosines(run: Loaded) -> None:
     made = analogy(run, "a - b + d", top=100)
     aim = F.normalize(weight[a] - weight[b] + weight[c], dim=-1)
     assert len(made) == run.model.vocabulary - 3
+    assert made.equals(analogy(run, "a \u2212 b + d", top=100)), "a minus as it is printed"
     for line in made.itertuples():
         assert line.token not in (a, b, c)
         assert line.cosine == pytest.approx(float(weight[line.token] @ aim), abs=1e-6)
@@ -121,8 +128,13 @@ def test_what_has_no_answer_is_told(run: Loaded) -> None:
         top_texts(run, tokens, "blocks.0.ffn.hidden", [64])
     with pytest.raises(ConfigError, match="is no row of units a token"):
         top_texts(run, tokens, "blocks.0.attention.pattern", [0])
+    with pytest.raises(ConfigError, match="is no row of units a token"):
+        top_texts(run, tokens, "position.table", [0])  # one row for all of the corpus
     with pytest.raises(ConfigError, match="no such activation"):
         top_texts(run, tokens, "blocks.*.nothing", [0])
+    for silent in ("position", "positio[n]"):
+        with pytest.raises(ConfigError, match="gives no activation"):
+            top_texts(run, tokens, silent, [0])
     with pytest.raises(ConfigError, match="rows of 40 tokens cannot be cut"):
         rows_of(run, sentences(10), length=40)
     with pytest.raises(ConfigError, match="is no vector a token"):

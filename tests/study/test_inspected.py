@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,35 @@ def test_a_bigram_among_the_arms_has_what_it_has(corpus_file: Path) -> None:
     assert [m.arm for m in found if m.measure == "induction"] == ["depth=1"]
     assert [m.arm for m in found if m.measure == "lens_depth"] == ["depth=0", "depth=1"]
     assert any("bigram" in note for note in notes)
+
+
+def test_arms_of_two_contexts_are_scored_on_the_same_rows(corpus_file: Path) -> None:
+    for parts in (["model.context_length=8"], ["model.context_length=32"], ["model.context_length=2"], ["model.depth=0"]):
+        train(compose(tiny(corpus_file, "study=contexts", *parts, steps=1)), settings=settings(parts))
+    found, notes = inspect_study("contexts")
+    told = {m.arm: m.mean.mean for m in found if m.measure == "induction"}
+    for run in all_runs():
+        loaded = load(str(run.directory))
+        if loaded.config.model.depth and loaded.config.model.context_length > 2:
+            scores = head_scores(loaded, repeated_tokens(loaded, rows=ROWS, length=4))
+            assert told.pop(f"context_length={loaded.config.model.context_length}") == pytest.approx(scores["induction"].max(), abs=1e-6)
+    assert not told
+    assert any("no tokens that repeat would" in note for note in notes)
+    assert not any("different tokens" in note and "model.context_length=8" in note for note in notes)
+
+
+def test_a_text_that_is_gone_or_another_is_told_and_the_heads_are_scored(corpus_file: Path, empty_home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text(corpus_file.read_text(encoding="utf-8"), encoding="utf-8")
+    train(compose(tiny(file, "study=gone", steps=2)))
+    assert {m.measure for m in inspect_study("gone")[0]} == set(MEASURES)
+    file.write_text(corpus_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    found, notes = inspect_study("gone")
+    assert any("its text has changed since it was trained" in note for note in notes)
+    assert {m.measure for m in found} == {"induction", "previous_token", "duplicate_token", "entropy", "weight_norm"}
+    file.unlink()
+    shutil.rmtree(empty_home / "data")
+    assert any("its text is not here" in note for note in inspect_study("gone")[1])
 
 
 def test_two_tokenisers_are_refused(corpus_file: Path, gptlab: Command) -> None:

@@ -28,11 +28,11 @@ function attributionView() {
       return made;
     };
     const sum = (pick) => components.reduce((total, c, k) => total + (pick(c) ? at(i, k) : 0), 0);
-    const rows = layers.map((layer) => el("tr", {}, el("th", { scope: "row" }, `layer ${layer}`), ...columns.map((name) => cell(`${layer} ${name}`)),
-      el("td", {}, signed(sum((c) => c.layer === layer))))).reverse();
+    const rows = layers.map((layer) => el("tr", {}, el("th", { scope: "row" }, `layer ${layer}`), el("td", {}, signed(sum((c) => c.layer === layer))),
+      ...columns.map((name) => cell(`${layer} ${name}`)))).reverse();
     const rest = components.filter((c) => c.layer === null).map((c) => el("tr", {}, el("th", { scope: "row" }, c.kind),
-      ...columns.map(() => el("td", {}, "")), cell(`null ${c.kind}`)));
-    const top = el("tr", {}, el("th", { scope: "col" }, "written by"), ...columns.map((c) => el("th", { scope: "col" }, c)), el("th", { scope: "col" }, "sum"));
+      cell(`null ${c.kind}`), ...columns.map(() => el("td", {}, ""))));
+    const top = el("tr", {}, el("th", { scope: "col" }, "written by"), el("th", { scope: "col" }, "sum"), ...columns.map((c) => el("th", { scope: "col" }, c)));
     $("attribution-note").textContent = `${note} After token ${i}, ${visible(piece(i))}: the logit of ${aim}` +
       `${i + 1 < count ? ", which follows" : ", the model's guess"}, is ${logits[i].toFixed(3)}; the parts below add up to ${sum(() => true).toFixed(3)}.`;
     $("attribution").replaceChildren(el("table", {}, el("thead", {}, top), el("tbody", {}, ...rows, ...rest)));
@@ -99,7 +99,7 @@ function normsView() {
 // --- neurons --------------------------------------------------------------------------------------------------------------
 
 function neuronsView() {
-  const { layers, note } = data.neurons;
+  const { layers, note, nothing } = data.neurons;
   $("neurons-note").textContent = note;
   if (!layers.length) {
     $("neuron-layer").closest(".controls").remove();
@@ -122,6 +122,7 @@ function neuronsView() {
     const own = u1(unit.prompt.u1, unit.prompt.high);
     const snippet = (title, ids, values) => el("div", { className: "snippet" }, el("h3", {}, title), ...coloured(ids, values, high));
     const told = unit.texts.map((text) => snippet(`${text.where}: up to ${short(text.high)}`, text.tokens, u1(text.u1, text.high)));
+    if (!told.length && nothing) told.push(el("p", { className: "quiet" }, nothing));
     $("neurons").replaceChildren(snippet(`this text: up to ${short(unit.prompt.high)}`, tokens, own), ...told);
     choose({ unit });
   };
