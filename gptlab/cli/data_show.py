@@ -8,7 +8,7 @@ from typing import Any
 
 from gptlab.cli.data import print_rows
 from gptlab.config.errors import ConfigError, DataError
-from gptlab.config.registry import load_components
+from gptlab.config.registry import component_of, load_components
 from gptlab.config.resolve import parse_budget, start_step
 from gptlab.config.schema import Config
 from gptlab.data import report as figures
@@ -31,6 +31,8 @@ def show(reference: str, *, step: int | None, batch: int | None, rows: int | Non
     config = run.config()
     if (step is None) == (batch is None):
         raise ConfigError("data show wants --step S, from 1, or --batch N, from 0: one of the two")
+    if getattr(component_of(config.objective).factory, "answers_problems", False):
+        raise ConfigError(f"{run.directory.name} learned from what the model itself answered, not from rows of its data: see its samples/")
     with PreparationProgress() as progress:
         data = prepare(config.data, report=progress.update, background=True)
     with contextlib.closing(data):  # a stream need not grow any more

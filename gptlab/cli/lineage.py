@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich import box
@@ -17,7 +17,10 @@ from gptlab.tracker.console import console, say
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the chain. `step`: of the parent, whose weights it began with (None: drawn, or imported); seconds: with evaluations."""
+    """One run of the chain, as far as the next one went on from it: what it added to the one before. Seconds are with evaluations.
+
+    `began`: the run and step whose weights it began with, or that they were drawn, or imported.
+    """
 
     run: str
     name: str
@@ -72,10 +75,11 @@ def lineage(reference: str, *, price: float, as_json: bool) -> None:
 
 def chain(run: Run) -> list[Stage]:
     """The stages, the first one first. Where a parent is gone the chain begins with its name."""
-    found = [_stage(run)]
+    found = [_stage(run, None)]
     at: Run | None = run
     while at is not None and (parent := at.read(PARENT) or at.read("start.json")):
-        identity = str(parent.get("run") or at.config().trainer.start.partition("@")[0])
+        start, _, branched_at = at.config().trainer.start.partition("@")
+        identity, until = str(parent.get("run") or start), int(parent.get("step") or branched_at or 0)
         try:
             at = find_run(identity)
         except ConfigError:
@@ -83,11 +87,20 @@ def chain(run: Run) -> list[Stage]:
             break
         if any(stage.run == at.identity for stage in found):
             break
-        found.append(_stage(at))
+        if branched_at:  # a branch counts on where its parent stood
+            stood = _stage(at, until)
+            found[-1] = replace(
+                found[-1],
+                tokens=found[-1].tokens - stood.tokens,
+                flops=found[-1].flops - stood.flops,
+                seconds=found[-1].seconds - stood.seconds,
+            )
+        found.append(_stage(at, until))
     return found[::-1]
 
 
-def _stage(run: Run) -> Stage:
+def _stage(run: Run, until: int | None) -> Stage:
+    """A run up to a step, or to where it has come."""
     config = run.config()
     parent, came = run.read(PARENT), run.read("imported.json")
     began = (
@@ -97,7 +110,8 @@ def _stage(run: Run) -> Stage:
     )
     latest: dict[str, Any] = {}
     for line in run.metrics():
-        latest.update(line)
+        if until is None or int(line.get("step", 0)) <= until:
+            latest.update(line)
     loss, solved = latest.get("val/loss"), latest.get("val/solved")
     return Stage(
         run.identity, run.name, run.study, run.state, began, component_of(config.objective).name, component_of(config.data.corpus).name,

@@ -48,9 +48,18 @@ def example(record: Any) -> Example:
         if record.get("chosen") is None:
             raise BadRecord("it has `rejected` and no `chosen`")
         *before, last = _answer(record["chosen"], messages, "chosen")
-        messages, rejected = [*before, last], _answer(record["rejected"], messages, "rejected")[-1].content
+        *other, worse = _answer(record["rejected"], messages, "rejected")
+        if other != before:
+            raise BadRecord("`chosen` and `rejected` do not answer the same messages")
+        if not worse.content.strip() or not encodable(worse.content):
+            raise BadRecord("`rejected` is empty, or no text that UTF-8 can hold")
+        if worse.content == last.content:
+            raise BadRecord("`chosen` and `rejected` are the same answer")
+        messages, rejected = [*before, last], worse.content
     elif record.get("chosen") is not None and "prompt" in record and not isinstance(record["chosen"], str):
         messages = _answer(record["chosen"], messages, "chosen")
+    if record.get("label") in (False, 0) and "completion" in record:
+        raise BadRecord("its `label` says that the completion is a bad answer, which only `rejected` beside a `chosen` one can be")
     _check_order(messages)
     return Example(tuple(messages), rejected)
 
@@ -61,17 +70,20 @@ def _messages(record: Mapping[str, Any]) -> list[Message]:
         if isinstance(record.get(key), Sequence) and not isinstance(record[key], str):
             return _with_system(record, _turns(record[key], key, role, text))
     if isinstance(record.get("prompt"), Sequence) and not isinstance(record["prompt"], str):
-        return _with_system(record, _turns(record["prompt"], "prompt", "role", "content"))
+        before = _turns(record["prompt"], "prompt", "role", "content")
+        return _with_system(record, before if record.get("completion") is None else _answer(record["completion"], before, "completion"))
     question = next((key for key in ("instruction", "prompt", "question") if isinstance(record.get(key), str)), None)
     if question is None:
         if isinstance(record.get("chosen"), Sequence) and not isinstance(record["chosen"], str):
             return []  # whole chats on both sides
         raise BadRecord(f"none of the known forms ({FORMS}); it has {', '.join(map(str, record)) or 'no field'}")
-    asked = [str(record[question])]
+    asked = [str(record[question])] if record[question].strip() else []
     asked += [str(record[key]) for key in ("input", "context") if isinstance(record.get(key), str) and record[key].strip()]
     found = [Message("user", "\n\n".join(asked))]
     if record.get("rejected") is None:
         answer = next((key for key in ANSWER_KEYS if isinstance(record.get(key), str)), None)
+        if answer is None and isinstance(record.get("completion"), Sequence):
+            return _with_system(record, _answer(record["completion"], found, "completion"))
         if answer is None and not isinstance(record.get("chosen"), Sequence):
             raise BadRecord(f"{question!r} without an answer ({', '.join(ANSWER_KEYS)})")
         found += [] if answer is None else [Message(ANSWERS, str(record[answer]))]
@@ -84,7 +96,7 @@ def _turns(turns: Sequence[Any], key: str, role: str, text: str) -> list[Message
         if not isinstance(turn, Mapping):
             raise BadRecord(f"{key}[{i}] is {type(turn).__name__}, not an object with `{role}` and `{text}`")
         who = turn.get(role, turn.get("role", turn.get("from")))
-        if who not in NAMES_OF_SIDES:
+        if not isinstance(who, str) or who not in NAMES_OF_SIDES:
             raise BadRecord(f"{key}[{i}].{role} {who!r} is not one of {', '.join(NAMES_OF_SIDES)}")
         said = turn.get(text, turn.get("content", turn.get("value")))
         found.append(Message(NAMES_OF_SIDES[who], _said(said, turn.get("tool_calls"), f"{key}[{i}].{text}")))
@@ -98,6 +110,8 @@ def _said(said: Any, calls: Any, where: str) -> str:
     if said is not None and not isinstance(said, str):
         raise BadRecord(f"{where} is {type(said).__name__}, not a text")
     parts = [said] if said else []
+    if calls is not None and (isinstance(calls, str) or not isinstance(calls, Sequence)):
+        raise BadRecord(f"the tool_calls beside {where} are {type(calls).__name__}, not a list")
     for call in calls or ():
         function = call.get("function", call) if isinstance(call, Mapping) else call
         parts.append(f"<tool_call>\n{json.dumps(function, ensure_ascii=False)}\n</tool_call>")
@@ -121,10 +135,21 @@ def _answer(given: Any, before: list[Message], key: str) -> list[Message]:
     """The chat with one side's answer: a text, one message, or the whole chat."""
     if isinstance(given, str):
         return [*before, Message(ANSWERS, given)]
+    if not isinstance(given, (Mapping, Sequence)):
+        raise BadRecord(f"`{key}` is {type(given).__name__}, not a text, a message or a chat")
     turns = _turns([given] if isinstance(given, Mapping) else list(given), key, "role", "content")
     if not turns or turns[-1].role != ANSWERS:
         raise BadRecord(f"`{key}` does not end with a message of the assistant")
     return turns if len(turns) > 1 else [*before, *turns]
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be UTF-8: JSON may hold one half of a pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_order(messages: Sequence[Message]) -> None:
@@ -134,6 +159,8 @@ def _check_order(messages: Sequence[Message]) -> None:
     for i, message in enumerate(messages):
         if not message.content.strip():
             raise BadRecord(f"message {i + 1}, of the {message.role}, is empty")
+        if not encodable(message.content):
+            raise BadRecord(f"message {i + 1}, of the {message.role}, holds half of a surrogate pair, which is no character")
         last = messages[i - 1].role if i else ""
         allowed = {
             "system": not i, "user": last in ("", "system", ANSWERS),

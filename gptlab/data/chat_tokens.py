@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gptlab.config.errors import ConfigError
 from gptlab.config.registry import build, components, register
 from gptlab.data.bpe import CHAT_TOKENS
-from gptlab.data.tokenizer import Ids, from_json, to_json
+from gptlab.data.tokenizer import Ids, Tokenizer, from_json, to_json
 from gptlab.data.tokenizer_file import written_in
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -27,7 +27,8 @@ NEED_MORE = ("chat", "file", "huggingface", "char", "bpe")  # than their name to
 class ChatTokenizer:
     """A base tokeniser, and the special tokens of a template that it has not: they get the ids behind its own, which stay as they are.
 
-    No text encodes to a special token. Raises ConfigError for a plain template without a token between documents, which ends an answer.
+    No text encodes to a special token. Raises ConfigError for a plain template without a token between documents, which ends an answer,
+    and for a base that has a token of the template's and takes it for text.
     """
 
     name = "chat"
@@ -45,6 +46,12 @@ class ChatTokenizer:
                 "use template=gptlab, chatml or llama3, which add tokens of their own"
             )
         known: dict[str, int] = dict(getattr(base, "special", {}))
+        for name in TEMPLATES[template]:
+            if name not in known and (number := _token_of_text(base, name)) is not None:
+                raise ConfigError(
+                    f"data.tokenizer.template={template}: the tokeniser {base.name} takes {name} for text (token {number}), so that a "
+                    "message could hold it; mark it as special in its file, or use another template"
+                )
         self.added = {name: base.vocabulary + i for i, name in enumerate(n for n in TEMPLATES[template] if n not in known)}
         self.special = known | self.added
         self._names = {number: name for name, number in self.added.items()}
@@ -92,6 +99,15 @@ class ChatTokenizer:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._take(state["base"], str(state["template"]))
+
+
+def _token_of_text(base: Tokenizer, name: str) -> int | None:
+    """The single token that a text which is this name becomes; None where it becomes several, or cannot be told."""
+    try:
+        ids = base.encode(name)
+    except ConfigError:  # it knows no such character
+        return None
+    return int(ids[0]) if len(ids) == 1 else None
 
 
 @register("data/tokenizer", "chat")

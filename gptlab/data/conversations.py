@@ -78,9 +78,8 @@ class Conversations:
         self.most = max((len(row) for row in self.rows), default=0)  # units of a row
         if not self.rows:
             what = f"{len(needed):,} {'pairs of answers' if self.pairs else 'chats'} ({split})"
-            raise DataError(
-                f"of {what} none fits model.context_length={context} with an answer; the shortest takes {int(needed.min(initial=0)):,}"
-            )
+            shortest = int(needed.min()) if len(needed) else 0
+            raise DataError(f"of {what} none fits model.context_length={context} with an answer; the shortest takes {shortest:,}")
 
     def _fit(self, lengths: Tokens, too_long: str, split: str) -> Fitted:
         found, room = Fitted(lengths.copy()), self.context + 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from random import Random
 from typing import Any, Literal
 
@@ -12,8 +14,7 @@ from gptlab.data.chat import ANSWERS, Message
 from gptlab.data.chat_corpus import ChatCorpus, Found
 from gptlab.data.chat_records import Example
 
-Made = tuple[list[str], str]  # what the user and the assistant say in turn, ending with the user; the right answer
-VERSION = 2  # goes up where the same options give other chats
+VERSION = 3  # goes up where the same options give other chats
 
 WORDS = {
     "en": "ant apple bear blanket bread bridge candle cat chair cloud dog dream feather fire flower forest garden glass hat honey horse "
@@ -71,22 +72,29 @@ MEETING = {
 }
 SYSTEM = {"en": "You are a helpful assistant.", "de": "Du bist ein hilfreicher Assistent."}
 SKILLS = tuple(PHRASES["en"])
+OF_NUMBERS = ("add", "larger")
+KEPT_BACK = 1 / 16  # of the pairs of numbers
+LEAST = 8  # below which so few pairs are kept back that there may be none
 
 
 @register("data/corpus", "drills")
 class Drills(ChatCorpus):
     """Chats made up by a program: sums, words, days, opposites, a name to keep in mind; every answer can be checked.
 
+    Held out are chats of their own, a twentieth as many, and pairs of numbers: two that are added or compared in a held-out chat never are
+    in another, whatever the seed, language and phrase. Words, days and names are few, and those of held-out chats are the others' too.
+
     language     en or de
     chats        how many
     skills       of these alone; empty: all (add, larger, spell, first, last, upper, repeat, letters, after, opposite, name)
-    largest      numbers are below it
+    largest      numbers are below it; at least 8
     turns        questions of a chat at most: half of them have one (a name is told first), the others any number up to it
     preferences  beside each answer a worse one, wrong or rambling, for objective=dpo
     seed         of the draws; a preference or reinforcement stage takes another than the fine-tuning before it
     """
 
     name = "drills"
+    validates = True
 
     def __init__(
         self,
@@ -102,8 +110,8 @@ class Drills(ChatCorpus):
         unknown = [skill for skill in skills if skill not in SKILLS]
         if unknown:
             raise ConfigError(f"data.corpus.skills: {unknown[0]!r} is not one of {', '.join(SKILLS)}")
-        if chats < 1 or largest < 2:
-            raise ConfigError(f"data.corpus: chats={chats} must be at least 1 and largest={largest} at least 2")
+        if chats < 1 or largest < LEAST:
+            raise ConfigError(f"data.corpus: chats={chats} must be at least 1 and largest={largest} at least {LEAST}")
         if turns < 1:
             raise ConfigError(f"data.corpus.turns={turns} must be at least 1")
         self.language, self.chats, self.skills, self.largest = language, chats, tuple(skills) or SKILLS, largest
@@ -116,22 +124,22 @@ class Drills(ChatCorpus):
         }  # fmt: skip
 
     def found(self, *, validation: bool = False) -> Iterator[Found]:
-        draw = Random(f"drills {self.seed}")
-        for _ in range(self.chats):
-            yield self._example(draw)
+        draw = Random(f"drills {self.seed} held out" if validation else f"drills {self.seed}")
+        for _ in range(-(-self.chats // 20) if validation else self.chats):
+            yield self._example(draw, validation)
 
-    def _example(self, draw: Random) -> Example:
+    def _example(self, draw: Random, held_out: bool) -> Example:
         """Skills in a row; a name that is told first is asked for last."""
         messages = [Message("system", SYSTEM[self.language])] if draw.random() < 0.2 else []
         skill = draw.choice(self.skills)
-        told = _values(skill, self.language, self.largest, draw)
+        told = _values(skill, self.language, self.largest, draw, held_out)
         if skill == "name":
             asked, greeted = MEETING[self.language]
             messages += [Message("user", draw.choice(asked).format(**told)), Message(ANSWERS, greeted.format(**told))]
         for _ in range(draw.randrange(1, self.turns) if self.turns > 1 and draw.random() < 0.5 else 0):
             between = draw.choice([s for s in self.skills if s != "name"] or list(self.skills))
             if between != "name":
-                messages += self._turn(between, _values(between, self.language, self.largest, draw), draw)
+                messages += self._turn(between, _values(between, self.language, self.largest, draw, held_out), draw)
         *asked_last, answer = self._turn(skill, told, draw)
         rejected = None
         if self.pairs:
@@ -145,17 +153,24 @@ class Drills(ChatCorpus):
         return [Message("user", draw.choice(asked).format(**told)), Message(ANSWERS, put.format(**told))]
 
 
-def _values(skill: str, language: str, largest: int, draw: Random) -> dict[str, Any]:
-    """What a skill's phrases hold, its answer among it."""
+@cache
+def kept_back(a: int, b: int) -> bool:
+    """Whether two numbers are added and compared in held-out chats alone, in whichever order."""
+    drawn = hashlib.sha256(f"{min(a, b)} {max(a, b)}".encode()).digest()
+    return int.from_bytes(drawn[:8], "big") < KEPT_BACK * 2**64
+
+
+def _values(skill: str, language: str, largest: int, draw: Random, held_out: bool | None = None) -> dict[str, Any]:
+    """What a skill's phrases hold, its answer among it; numbers from one side alone, where `held_out` is told."""
     words, days = WORDS[language].split(), DAYS[language].split()
     a, b, n = draw.randrange(largest), draw.randrange(largest), draw.randint(2, 4)
+    while skill in OF_NUMBERS and ((skill == "larger" and a == b) or (held_out is not None and kept_back(a, b) != held_out)):
+        a, b = draw.randrange(largest), draw.randrange(largest)
     word, day, name = draw.choice(words), draw.randrange(7), draw.choice(NAMES[language].split())
     opposites = OPPOSITES[language].split()
     if skill == "opposite":
         place = draw.randrange(len(opposites))
         return {"word": opposites[place], "answer": opposites[place ^ 1]}
-    if skill == "larger" and a == b:
-        b = (b + 1) % largest
     answers: dict[str, Callable[[], Any]] = {
         "add": lambda: a + b,
         "larger": lambda: max(a, b),

@@ -82,20 +82,21 @@ def batch_of(rows: Fetched) -> Batch:
 class Loader:
     """Training batches of `rows` rows each, or the equal part of them that `rank` of `ranks` trains on.
 
-    `documents`: each token's document is told. Raises DataError when the text is shorter than one batch.
+    `documents`: each token's document is told. Raises DataError when the text is shorter than one batch, unless that may hold it `again`.
     """
 
-    def __init__(self, source: Rows, rows: int, *, documents: bool = False, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, source: Rows, rows: int, *, documents: bool = False, rank: int = 0, ranks: int = 1, again: bool = False) -> None:
         self.source, self.rows, self.documents, context = source, rows, documents, source.context
         self.own = range(rank * rows // ranks, (rank + 1) * rows // ranks)  # of a batch's rows
         self._steps = max(1, min(BLOCK_STEPS, BLOCK_TOKENS // (len(self.own) * context)))
         self._block, self._batches = -1, list[Batch]()
-        if source.settled and source.epoch_rows < rows and self.dropped is not None:
+        short = source.settled and source.epoch_rows < rows and not again
+        if short and self.dropped is not None:
             raise DataError(
                 f"data.packing=best_fit makes {source.epoch_rows:,} rows of {context} tokens, too few for a batch of {rows}: "
                 "each begins with a document of its own; use more documents, a smaller trainer.batch_tokens, or data.packing=concatenate"
             )
-        if source.settled and source.epoch_rows < rows:
+        if short:
             raise DataError(
                 f"the training text has {source.tokens:,} tokens, too few for one batch of {rows} x {context}, "
                 f"which takes {(rows + 1) * context:,}; use more text, a smaller trainer.batch_tokens or a smaller model.context_length"
@@ -200,7 +201,7 @@ def held_out_batches(data: Prepared, name: str, context: int, limit: int, rows: 
         chats = held_out_chats(data, name, context)
         count = held_out_rows(chats, limit)
         for first in range(0, count, rows):
-            place = np.arange(first, min(first + rows, count), dtype=np.int64)
+            place = chats.place(np.arange(first, min(first + rows, count), dtype=np.int64))
             yield batch_of(chats.chosen(place) if chats.pairs else chats.fetch(place, documents))
         return
     if data.task is None:
@@ -222,5 +223,6 @@ def held_out_chats(data: Prepared, name: str, context: int) -> Conversations:
 
 
 def held_out_rows(chats: Conversations, limit: int) -> int:
-    """How many rows of held-out chats are measured: of at most `limit` tokens, 0: all."""
+    """How many rows of held-out chats are measured: of at most `limit` tokens, 0: all. They are taken in the rows' permuted order: packed,
+    the longest come first."""
     return min(chats.epoch_rows, -(-limit // chats.context)) if limit else chats.epoch_rows

@@ -148,6 +148,7 @@ def rows(prepared: Prepared, context: int, packing: str, seed: int, count: int, 
         cuts = np.flatnonzero(np.diff(document)) + 1
         parts = [prepared.tokenizer.decode(p.tolist()) for p in np.split(tokens[:-1], cuts)]
         name = source.names[int(place[i, 0])] if isinstance(source, Mixed) else prepared.manifest["corpus"]
-        scored = None if fetched.scored is None else fetched.scored[i].tolist()
+        counted = fetched.extra.get("answer", fetched.scored)  # of pairs both answers are, and not the pair's one token
+        scored = None if counted is None else counted[i].tolist()
         found.append(Row(first + i, name, parts, cuts.tolist(), tokens.tolist(), scored))
     return found

@@ -12,7 +12,7 @@ from gptlab.data.chat_corpus import ChatFiles
 from gptlab.data.chat_prepare import format_of
 from gptlab.data.chat_records import Example
 from gptlab.data.problems import Problem, encoded
-from gptlab.objective.reward import Sample, exact_answer
+from gptlab.objective.reward import Sample, exact_answer, last_number
 from gptlab.objective.rollout import roll_out
 from gptlab.runner.load import Loaded
 
@@ -30,7 +30,7 @@ class Answers:
         """Of all answers the share, and its standard error, of those that are `exact` (the right text, but for white space), that have the
         right `number` (the last one in both; of questions whose answer has one), and that `ended` by themselves."""
         text, number = exact_answer(), exact_answer(compare="number")
-        numbered = [s for s in self.samples if any(c.isdigit() for c in s.reference)]
+        numbered = [s for s in self.samples if last_number(s.reference) is not None]
         found = {"exact": [text(s) for s in self.samples], "ended": [float(s.ended) for s in self.samples]}
         if numbered:
             found["number"] = [number(s) for s in numbered]
@@ -87,8 +87,13 @@ class Duel:
 
 
 def duel(one: Answers, other: Answers) -> Duel:
-    """Two runs on the questions that both could read."""
-    right = exact_answer(compare="text")
+    """Two runs on the questions that both could read. Right is the right text, or, where the right answer has a number, that number as the
+    last one."""
+    text, number = exact_answer(), exact_answer(compare="number")
+
+    def right(sample: Sample) -> bool:
+        return bool(text(sample)) or (last_number(sample.reference) is not None and bool(number(sample)))
+
     theirs = {(s.prompt, s.reference): right(s) for s in other.samples}
     pairs = [(right(s), theirs[s.prompt, s.reference]) for s in one.samples if (s.prompt, s.reference) in theirs]
     wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)

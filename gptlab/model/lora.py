@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptlab.config.errors import ConfigError
 from gptlab.model.autoencoder import PREFIX
+from gptlab.model.experts import ExpertLinear
 from gptlab.model.init import drawn_from
 from gptlab.model.linear import Linear
 
@@ -37,7 +38,8 @@ class LowRank(nn.Module):
 def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int) -> None:
     """Give every product of the targeted parts of each block an adapter, and freeze all that was there before.
 
-    `targets`: `attention`, `ffn`. Raises ConfigError for a target that is none, or a rank that is larger than any of its products.
+    `targets`: `attention`, `ffn`. Raises ConfigError for a target that is none, a mixture of experts, or a rank that is larger than any
+    of its products.
     """
     for target in targets:
         if target not in TARGETS:
@@ -47,6 +49,12 @@ def add_adapters(model: nn.Module, rank: int, alpha: float, targets: Sequence[st
         for path, module in model.named_modules()
         if isinstance(module, Linear) and any(part in targets for part in path.split("."))
     ]
+    for path, module in found:
+        if isinstance(module, ExpertLinear):
+            raise ConfigError(
+                f"objective.lora_targets={list(targets)}: {path} holds the matrices of many experts, which an adapter cannot stand beside; "
+                "use objective.lora_targets=[attention]"
+            )
     if not found:
         raise ConfigError(f"objective.lora_targets={list(targets)}: this model has no product there that an adapter could stand beside")
     most = max(min(module.weight.shape) for _, module in found)

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ROUNDING = 1e-9  # of rewards in float64: sums that were added in another order
+
 Baseline = Literal["group", "none"]
 Normalisation = Literal["token", "sequence", "constant"]
 
@@ -34,8 +36,9 @@ def advantages(rewards: Float[Tensor, "p g"], baseline: str, *, by_deviation: bo
 
 
 def flat_groups(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " p"]:
-    """Which groups have equal rewards throughout."""
-    return (rewards == rewards[:, :1]).all(1)
+    """Which groups have equal rewards throughout, but for the rounding of their sums."""
+    spread = rewards.amax(1) - rewards.amin(1)
+    return spread <= ROUNDING * rewards.abs().amax(1).clamp(min=1)
 
 
 def ratio(now: Tensor, old: Tensor) -> Tensor:

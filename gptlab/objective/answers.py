@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gptlab.data.problems import Problems
 from gptlab.objective.protocol import Training
-from gptlab.objective.reward import exact_answer
+from gptlab.objective.reward import Reward, exact_answer
 from gptlab.objective.rollout import Rollout, roll_out
 
 AT_ONCE = 256
@@ -15,7 +15,7 @@ AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Answered:
-    """Shares of the problems that were solved (the answer, ended, is the right one but for white space) and ended; the mean reward."""
+    """Shares of the problems that were solved (the answer has ended, and is right) and ended; the mean reward."""
 
     solved: float
     ended: float
@@ -28,9 +28,13 @@ def answered(
     count: int,
     *,
     max_tokens: int = 0,
+    right: Reward | None = None,
     rewards: Callable[[Sequence[Rollout]], list[float]] | None = None,
 ) -> Answered:
-    """Answer the first `count` held-out problems, the likeliest token each time; the ranks share the work."""
+    """Answer the first `count` held-out problems, the likeliest token each time; the ranks share the work.
+
+    `right`: gives 1 to a right answer; unless given, to the right text but for white space.
+    """
     world = training.world
     own = range(world.rank, count, world.size)
     rollouts = roll_out(
@@ -42,8 +46,8 @@ def answered(
         max_tokens=max_tokens,
         at_once=AT_ONCE,
     )
-    right = exact_answer()
-    solved = sum(r.sample.ended and right(r.sample) for r in rollouts)
+    right = right or exact_answer()
+    solved = sum(r.sample.ended and right(r.sample) >= 1 for r in rollouts)
     given = sum(rewards(rollouts)) if rewards is not None and rollouts else 0.0
     sums = world.gather(solved, sum(r.sample.ended for r in rollouts), given)
     return Answered(*(sum(rank[i] for rank in sums) / count for i in range(3)))

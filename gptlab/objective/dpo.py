@@ -23,6 +23,7 @@ from gptlab.data.conversations import Conversations
 from gptlab.data.loader import Batch, batch_of, held_out_chats, held_out_rows
 from gptlab.data.prepared import Prepared
 from gptlab.hardware.precision import autocast
+from gptlab.model.mode import evaluating
 from gptlab.model.transformer import Transformer
 from gptlab.objective import preference
 from gptlab.objective.protocol import Training
@@ -120,13 +121,20 @@ class DPO(Adapting):
         """With what the first model says of each pair."""
         located(drawn).extra["reference"] = self.reference["train"][drawn.extra["pair"].clamp(min=0)]
         if self.loss == "kto":
-            assert self._first is not None
-            crossed = _crossed(drawn)
-            with torch.no_grad():
-                own, first = (_sums(model, crossed, training)[..., 0] for model in (training.trained, self._first))
-            there = crossed.extra["pair"] >= 0
-            self.baseline = (own - first)[there].mean().clamp(min=0).detach() if there.any() else torch.zeros(())
+            self.baseline = self._departed(training, _crossed(drawn))
         return drawn
+
+    @torch.no_grad()
+    def _departed(self, training: Training, crossed: Batch) -> Tensor:
+        """kto's baseline: how much likelier answers that no pair has became, a mean over those of all ranks, and at least 0."""
+        assert self._first is not None
+        there = crossed.extra["pair"] >= 0
+        parts = crossed.split(int(training.config.hardware.micro_batch))
+        with evaluating(training.trained):  # without dropout, whose draws are those of the step
+            own, first = (torch.cat([_sums(model, part, training)[..., 0] for part in parts]) for model in (training.trained, self._first))
+        gone = (own - first).cpu()[there].double()
+        ranks = training.world.gather(float(gone.sum()), len(gone))
+        return torch.tensor(max(0.0, sum(total for total, _ in ranks) / max(1, sum(count for _, count in ranks))))
 
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
         there = (batch.extra["pair"] >= 0).float()
@@ -159,14 +167,11 @@ class DPO(Adapting):
         """`val/reward_margin`, `val/reward_accuracy`, … and `val/preference_loss`, over the held-out pairs."""
         context, limit = training.config.model.context_length, training.config.data.validation_tokens
         chats = held_out_chats(training.data, "val", context)
-        model = training.trained
-        was_training = model.training
-        model.eval()
         parts = []
-        for batch in _batches(chats, limit):
-            pairs = batch.extra["pair"]
-            parts.append((_sums(model, batch, training).cpu() - self.reference["val"][pairs.clamp(min=0)])[pairs >= 0])
-        model.train(was_training)
+        with evaluating(training.trained):
+            for batch in _batches(chats, limit):
+                pairs = batch.extra["pair"]
+                parts.append((_sums(training.trained, batch, training).cpu() - self.reference["val"][pairs.clamp(min=0)])[pairs >= 0])
         chosen, rejected = torch.cat(parts).unbind(-1)
         found: Metrics = {f"val/{name}": float(values.mean()) for name, values in self._rewards(chosen, rejected).items()}
         return found | {"val/preference_loss": float(self._losses(chosen - rejected, chosen, rejected).mean())}
@@ -218,12 +223,12 @@ def _batches(chats: Conversations, limit: int = 0) -> Iterator[Batch]:
     """All rows; at most `limit` tokens of them, where it is given."""
     rows, count = max(1, READ // chats.context), held_out_rows(chats, limit)
     for first in range(0, count, rows):
-        yield batch_of(chats.fetch(np.arange(first, min(first + rows, count), dtype=np.int64), True))
+        yield batch_of(chats.fetch(chats.place(np.arange(first, min(first + rows, count), dtype=np.int64)), True))
 
 
 def _crossed(batch: Batch) -> Batch:
-    """Each pair's question with the chosen answer of the next one of the batch (the last with the first's): kto's measure of how far the
-    model has gone. A row each, cut where it does not fit."""
+    """Each pair's question with the chosen answer of the next one of this rank's batch (the last with the first's): kto's measure of how
+    far the model has gone. A row each, cut where it does not fit."""
     assert batch.document is not None
     context = batch.inputs.shape[1]
     questions, answers = [], []

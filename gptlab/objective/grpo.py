@@ -56,6 +56,9 @@ def _shorn(batch: Batch) -> Batch:
     return Batch(batch.inputs[:, :end], batch.targets[:, :end], weight, document, extra)
 
 
+JUDGES = ("exact_answer", "reasoning_gym")  # the rewards that tell a right answer from a wrong one
+
+
 @register("objective", "grpo")
 class GRPO(Objective):
     """Group-relative policy optimisation (Shao et al., 2024): for each prompt `group` samples, rewarded, each against its group's mean.
@@ -69,11 +72,14 @@ class GRPO(Objective):
     kl                      times the divergence from the weights that the run began with, of which a copy is kept (0: none)
     normalisation           token: all tokens of a batch count alike; sequence: all completions; constant: by their sum over the longest
     updates                 of each batch of samples; with more than one the model must have no dropout
-    checked                 held-out problems answered greedily with each evaluation: `val/solved`, `val/reward`
+    checked                 held-out problems answered greedily with each evaluation: `val/solved` (by the reward exact_answer or
+                            reasoning_gym, where there is one; else those of the right text) and `val/reward`
     shown                   steps between rollouts that are written to samples/ and the tracker (0: none)
 
     REINFORCE is `baseline=none by_deviation=false`; with a baseline, `baseline=group`.
     """
+
+    answers_problems = True
 
     def __init__(
         self,
@@ -110,6 +116,8 @@ class GRPO(Objective):
                 f"there {'are ' + ', '.join(rewards) if rewards else 'is none by name'}"
             )
         self.rewards: dict[str, Reward] = {name: build(options) for name, options in rewards.items()} or {"exact_answer": exact_answer()}
+        judge = next((name for name, options in rewards.items() if component_of(options).name in JUDGES), "")
+        self.right = self.rewards.get(judge, exact_answer())
         self.weights = {name: float(weights.get(name, 1.0)) for name in self.rewards}
         if bad := next((n for n, w in self.weights.items() if not math.isfinite(w)), None):
             raise ConfigError(f"objective.weights.{bad}={self.weights[bad]} must be finite")
@@ -212,7 +220,12 @@ class GRPO(Objective):
         if not self.checked:
             return {}
         found = answered(
-            training, self._source, self.checked, max_tokens=self.max_tokens, rewards=lambda rollouts: self._rewarded(rollouts)[0].tolist()
+            training,
+            self._source,
+            self.checked,
+            max_tokens=self.max_tokens,
+            right=self.right,
+            rewards=lambda rollouts: self._rewarded(rollouts)[0].tolist(),
         )
         return {"val/solved": found.solved, "val/reward": found.reward, "val/ended": found.ended}
 

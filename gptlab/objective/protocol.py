@@ -58,6 +58,8 @@ class Objective:
     The loss is the sum over a batch; the trainer divides it by the batch's token weight (Batch.weight, summed over the whole step).
     """
 
+    answers_problems = False  # it is trained on what the model itself answers, and not on the rows of its data
+
     def __call__(self, model: Transformer, batch: Batch) -> Tensor:
         raise NotImplementedError
 

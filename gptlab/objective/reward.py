@@ -18,7 +18,7 @@ from gptlab.config.errors import ConfigError, DataError
 from gptlab.config.registry import register
 
 SHOWN = 160  # characters of a prompt or completion in a message
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def exact_answer(*, compare: Literal["text", "number"] = "text") -> Reward:
 
 
 def _same_number(sample: Sample) -> float:
-    right, said = _last_number(sample.reference), _last_number(sample.completion)
+    right, said = last_number(sample.reference), last_number(sample.completion)
     if right is None:
         raise ValueError(f"the reference {_short(sample.reference)} holds no number")
     return float(said == right)
@@ -82,7 +82,8 @@ def characters() -> Reward:
     return lambda s: sum(map(str.__eq__, s.completion, s.reference)) / max(len(s.completion), len(s.reference), 1)
 
 
-def _last_number(text: str) -> float | None:
+def last_number(text: str) -> float | None:
+    """The last number of a text, as 1,234 or -0.5; None where it has none."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 

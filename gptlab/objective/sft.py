@@ -30,6 +30,12 @@ class Adapting(Objective):
         self.embeddings, self.lora_rank, self.lora_alpha, self.lora_targets = embeddings, lora_rank, lora_alpha, lora_targets
 
     def adapt(self, model: Transformer, seed: int, new_tokens: int) -> None:
+        """Raises ConfigError where new tokens would stay frozen as they were made: all alike, so that none is ever told from another."""
+        if self.embeddings == "freeze" and new_tokens > 1:
+            raise ConfigError(
+                f"objective.embeddings=freeze: {new_tokens} tokens are new to this model, and their embeddings are all the mean of the "
+                "others; objective.embeddings=auto trains them"
+            )
         if self.lora_rank:
             add_adapters(model, self.lora_rank, self.lora_alpha, self.lora_targets, seed)
         train = {"train": True, "freeze": False}.get(self.embeddings, not self.lora_rank or new_tokens > 0)

@@ -309,7 +309,7 @@ def _announce(trainer: Trainer, title: str) -> None:
     if (dropped := trainer.loader.dropped) is not None:
         line += f"; best_fit packing drops {dropped:.1%} of the text"
     say((line, "dim"))
-    if told := trainer.loader.described:
+    if (told := trainer.loader.described) and not trainer.objective.answers_problems:
         say((f"  {told}", "dim"))
     if broken := trainer.data.broken_rows:
         say((f"  {broken:,} row{'s' * (broken > 1)} of the text could not be read and {'are' if broken > 1 else 'is'} left out", "yellow"))

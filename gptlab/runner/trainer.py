@@ -69,13 +69,14 @@ class Trainer:
         self.batch_tokens, self.micro_batch = int(config.trainer.batch_tokens), int(config.hardware.micro_batch)
         init_seed, data_seed, self._dropout_seed = (int(s or 0) for s in (seeds.init, seeds.data, seeds.dropout))
         model = new_model(config.model, data.vocabulary, init_seed)
-        source = training_rows(data, context, config.data.packing, data_seed, config.data.too_long)
-        rank, ranks = self.world.rank, self.world.size
-        self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents, rank=rank, ranks=ranks)
-        self.flops_per_token = flops_per_token(model)
-        self.parameters = count_parameters(model)["total"]
         self.objective = hooked(build(config.objective))
         self.objective.check(data, config)
+        source = training_rows(data, context, config.data.packing, data_seed, config.data.too_long)
+        rank, ranks = self.world.rank, self.world.size
+        again = self.objective.answers_problems
+        self.loader = Loader(source, self.batch_tokens // context, documents=model.sees_documents, rank=rank, ranks=ranks, again=again)
+        self.flops_per_token = flops_per_token(model)
+        self.parameters = count_parameters(model)["total"]
         self.objective.adapt(model, init_seed, inherit.new_tokens(config, data.vocabulary))
         in_precision(model, config.hardware.precision)
         model.recompute = build(config.hardware.checkpointing)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptlab import compose, train
+from gptlab.cli.lineage import chain
 from gptlab.config.compose import settings
 from gptlab.config.errors import ConfigError
 from gptlab.runner.run import Run, members
@@ -94,6 +95,10 @@ def test_a_branch_tells_where_it_began(gptlab: Command, parent: Run) -> None:
     assert gptlab("runs", "verify", run.identity).code == 0
     rows = [json.loads(gptlab("data", "show", r, "--step", "10", "--json").out)["rows"] for r in (run.identity, parent.identity)]
     assert rows[0] == rows[1]
+    trunk, branch = chain(run)
+    assert trunk.tokens == next(m["tokens"] for m in parent.metrics() if m["step"] == 8), "as far as the branch went on from it"
+    assert branch.tokens == trunk.tokens // 2, "four steps of its own behind the eight"
+    assert 0 < branch.flops < trunk.flops
     shutil.rmtree(parent.directory)
     assert f"began at step 8 of {parent.identity}" in gptlab("runs", "show", run.identity).out
     assert gptlab("compare", "curve").code == 0

@@ -27,6 +27,12 @@ FORMS: dict[str, Any] = {
     "dolly": {"instruction": "Two and two?", "context": "", "response": "Four.", "category": "sums"},
     "completion": {"prompt": "Two and two?", "completion": "Four."},
     "gsm8k": {"question": "Two and two?", "answer": "Four."},
+    "completion, as messages": {
+        "prompt": [{"role": "user", "content": "Two and two?"}],
+        "completion": [{"role": "assistant", "content": "Four."}],
+    },
+    "completion, as a message": {"prompt": "Two and two?", "completion": [{"role": "assistant", "content": "Four."}]},
+    "input alone": {"instruction": "", "input": "Two and two?", "output": "Four."},
     "chosen alone": {"prompt": "Two and two?", "chosen": "Four."},
 }
 
@@ -84,6 +90,21 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]}, "of the tool, follows"),
     ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "y"}]}, "message 1, of the user, is empty"),
     ({"messages": [{"role": "user", "content": 3}]}, r"content is int, not a text"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, r"\['user'\] is not one of"),
+    ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": 5}]}, "are int, not a list"),
+    ({"prompt": "\ud83d", "completion": "y"}, "half of a surrogate pair"),
+    ({"prompt": "x", "completion": "y", "label": False}, "its `label` says that the completion is a bad answer"),
+    ({"prompt": "x", "chosen": 3, "rejected": "y"}, "`chosen` is int"),
+    ({"prompt": "x", "chosen": "y", "rejected": 3}, "`rejected` is int"),
+    ({"prompt": "x", "chosen": "y", "rejected": " "}, "`rejected` is empty"),
+    ({"prompt": "x", "chosen": "y", "rejected": "y"}, "are the same answer"),
+    (
+        {
+            "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "y"}],
+            "rejected": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "z"}],
+        },
+        "do not answer the same messages",
+    ),
     ({"prompt": "x", "rejected": "y"}, "`rejected` and no `chosen`"),
     ({"prompt": "x", "chosen": [{"role": "user", "content": "y"}], "rejected": "z"}, "does not end with a message of the assistant"),
 ]

@@ -80,6 +80,21 @@ def test_a_tools_word_has_a_place_in_every_format() -> None:
         assert marks in made.decode(render(talk, made, answer=False).tokens)
 
 
+def test_a_base_that_takes_a_chats_token_for_text_is_refused(tmp_path: Path) -> None:
+    package = pytest.importorskip("tokenizers")
+    made = package.Tokenizer(package.models.BPE())
+    made.pre_tokenizer, made.decoder = package.pre_tokenizers.ByteLevel(add_prefix_space=False), package.decoders.ByteLevel()
+    letters = package.pre_tokenizers.ByteLevel.alphabet()
+    trainer = package.trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, special_tokens=["<|endoftext|>"])
+    made.train_from_iterator(["hello world"] * 10, trainer)
+    made.add_tokens([package.AddedToken("<|im_end|>", special=False)])
+    file = tmp_path / "tokenizer.json"
+    made.save(str(file))
+    with pytest.raises(ConfigError, match=r"takes <\|im_end\|> for text \(token \d+\).*mark it as special"):
+        chat(base=str(file), template="chatml")
+    assert chat(base=str(file), template="gptlab").added, "another template's are not in the way"
+
+
 def test_a_base_that_is_no_tokeniser_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"data\.tokenizer\.base=gtp2 is neither a tokeniser that needs no training \(byte, cl100k, gpt2, o200k\)"

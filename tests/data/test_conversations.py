@@ -14,7 +14,7 @@ from gptlab import compose
 from gptlab.config.errors import ConfigError, DataError
 from gptlab.data.chat import Message, render
 from gptlab.data.conversations import Conversations, pack_whole
-from gptlab.data.loader import Loader, held_out_batches
+from gptlab.data.loader import Loader, held_out_batches, held_out_chats
 from gptlab.data.prepare import find_prepared, prepare
 from gptlab.data.sources import training_rows
 from tests.conftest import WORDS
@@ -91,6 +91,16 @@ def test_every_epoch_visits_every_row_once_in_an_order_of_its_own(many: Path) ->
     first, second = rows.place(np.arange(count)), rows.place(np.arange(count, 2 * count))
     assert sorted(first) == sorted(second) == list(range(count))
     assert first.tolist() != second.tolist()
+
+
+def test_what_is_measured_of_many_held_out_chats_is_no_longer_than_the_rest(tmp_path: Path) -> None:
+    file = written(tmp_path, chats(3000, longest=40, seed=5))
+    data = prepare(config(file, "data.validation_fraction=0.3"))
+    whole = held_out_chats(data, "val", CONTEXT)
+    some = held_out_batches(data, "val", CONTEXT, 20 * CONTEXT, 20, documents=True)
+    counts = [np.diff(np.flatnonzero(np.diff(row.numpy(), prepend=-1, append=-2))) for batch in some for row in batch.document]  # type: ignore[union-attr]
+    measured, mean = np.concatenate([c[:-1] for c in counts]).mean(), whole.fitted.lengths[whole.fitted.lengths > 0].mean()
+    assert 0.8 < measured / mean < 1.25, "packed, the longest come first"
 
 
 def test_a_question_is_on_one_side_alone_and_more_records_move_none(tmp_path: Path) -> None:

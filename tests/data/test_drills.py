@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from gptlab.data.chat_prepare import ChatProblems
 from gptlab.data.chat_records import Example
 from gptlab.data.drills import DAYS, OPPOSITES, SKILLS, WORDS, Drills
 from gptlab.data.prepare import prepare
-from gptlab.data.problems import problems_of
+from gptlab.data.problems import Problem, problems_of
 
 
 def turns(skill: str, language: str = "en") -> list[tuple[str, str]]:
@@ -87,6 +88,19 @@ def test_a_rejected_answer_is_never_the_right_one() -> None:
         assert one.rejected != one.messages[-1].content
 
 
+@pytest.mark.parametrize("largest", [8, 20, 100])
+def test_numbers_that_are_held_out_are_so_for_every_seed_language_and_skill(largest: int) -> None:
+    def pairs(held_out: bool, **options: Any) -> set[tuple[int, ...]]:
+        chats = Drills(skills=("add", "larger"), largest=largest, chats=4000, **options).found(validation=held_out)
+        return {tuple(sorted(numbers(m.content))) for one in chats if isinstance(one, Example) for m in one.messages if m.role == "user"}
+
+    held = pairs(True) | pairs(True, language="de", seed=1)
+    learned = pairs(False) | pairs(False, seed=2) | pairs(False, language="de", turns=1)
+    assert held
+    assert not held & learned
+    assert len(list(Drills(chats=4000).found(validation=True))) == 200
+
+
 def test_chats_are_problems_whose_held_out_ones_are_never_learned_from() -> None:
     config = compose(["data=drills_sums", "data.corpus.chats=300"]).data
     data = prepare(config)
@@ -95,11 +109,11 @@ def test_chats_are_problems_whose_held_out_ones_are_never_learned_from() -> None
     learned = source.problems(range(600), 0)
     held = source.problems(range(20), 0, held_out=True)
 
-    def question(prompt: tuple[Message, ...] | str) -> str:
-        assert not isinstance(prompt, str)
-        return next(m.content for m in prompt if m.role == "user")
+    def asked(problems: list[Problem]) -> set[tuple[int, ...]]:
+        """The pairs of numbers in all questions."""
+        return {tuple(sorted(numbers(m.content))) for p in problems for m in p.prompt if isinstance(m, Message) and m.role == "user"}
 
-    assert not {question(p.prompt) for p in learned} & {question(p.prompt) for p in held}
+    assert not asked(learned) & asked(held)
     assert source.problems([5, 3], 0) == [learned[5], learned[3]]
     assert source.problems(range(5), 1) != learned[:5]
     assert all(numbers(p.answer)[-1] == sum(numbers(p.prompt[-1].content)) for p in held)  # type: ignore[union-attr]
@@ -111,7 +125,7 @@ def test_chats_are_problems_whose_held_out_ones_are_never_learned_from() -> None
         ({"skills": ("sing",)}, r"data\.corpus\.skills: 'sing' is not one of add"),
         ({"chats": 0}, "chats=0"),
         ({"turns": 0}, "turns=0"),
-        ({"largest": 1}, "largest=1"),
+        ({"largest": 7}, "largest=7 at least 8"),
     ],
 )
 def test_what_means_nothing_is_refused(options: dict[str, object], why: str) -> None:

@@ -33,6 +33,7 @@ def test_shares_are_those_by_hand() -> None:
     assert shares["number"] == (1.0, 0.0), "of the two whose answer has one"
     assert shares["ended"][0] == 0.75
     told = found.to_json()
+    assert Answers([sample("x", "x²"), sample("①", "①")], 0).shares()["exact"] == (0.5, pytest.approx(0.35, abs=0.01)), "no numbers"
     assert (told["answers"], told["passed_over"]) == (4, 2)
 
 
@@ -44,6 +45,8 @@ def test_a_duel_counts_what_one_alone_has_right() -> None:
     assert duel(one, other).p == 1.0
     assert Duel(6, 0, 10).p == pytest.approx(2 / 64)
     assert duel(one, Answers([], 4)) == Duel(0, 0, 0)
+    by_number = [Answers([sample(said, "6 * 7 = 42\n#### 42")], 0) for said in ("It is 42.", "It is 41.")]
+    assert duel(*by_number) == Duel(1, 0, 0), "a right number is a right answer"
 
 
 @pytest.fixture

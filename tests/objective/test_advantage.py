@@ -38,6 +38,9 @@ def test_a_flat_group_teaches_exactly_nothing_and_never_divides_by_nothing(by_de
     found = advantages(rewards, "group", by_deviation=by_deviation)
     assert found[:2].tolist() == [[0.0] * 3] * 2
     assert found.isfinite().all()
+    rounded = torch.tensor([[0.1 + 0.2, 0.3, 0.3, 0.3]], dtype=torch.float64)
+    assert rounded[0, 0] != rounded[0, 1]
+    assert advantages(rounded, "group", by_deviation=by_deviation).tolist() == [[0.0] * 4], "nor do sums that were rounded otherwise"
     assert advantages(rewards, "none", by_deviation=by_deviation)[0].tolist() == pytest.approx([0.1] * 3), "left as it is"
 
 

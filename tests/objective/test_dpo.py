@@ -17,7 +17,7 @@ from gptlab.config.errors import ConfigError
 from gptlab.data.conversations import Conversations
 from gptlab.data.loader import batch_of
 from gptlab.data.prepare import prepare
-from gptlab.objective import preference
+from gptlab.objective import dpo, preference
 from gptlab.objective.dpo import DPO, REFERENCE, _crossed, answer_lengths, answer_sums, located
 from gptlab.runner.checkpoint import checkpoints, step_of
 from gptlab.runner.run import Run
@@ -187,6 +187,21 @@ def test_kto_crosses_questions_with_the_answers_of_others(file: Path, base: Run)
     chosen = [spelt(batch.targets[r], batch.extra["answer"][r] & (batch.document[r] == 2 * p))  # type: ignore[index]
               for r in range(2) for p in range(int((batch.extra["pair"][r] >= 0).sum()))]  # fmt: skip
     assert [spelt(crossed.targets[i], crossed.extra["answer"][i]) for i in range(count)] == [*chosen[1:], chosen[0]]
+
+
+def test_how_far_kto_has_come_is_measured_without_dropout_in_micro_batches(file: Path, base: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    def read(model: Any, batch: Any, training: Any) -> Any:
+        seen.append((model.training, len(batch.inputs)))
+        return plain(model, batch, training)
+
+    plain = dpo._sums
+    monkeypatch.setattr(dpo, "_sums", read)
+    train(compose(pairs_of(file, base, "objective.loss=kto", "hardware.micro_batch=1", "model.dropout=0.2", "trainer.budget=2steps")))
+    crossed = [rows for _, rows in seen[:]]
+    assert not any(training for training, _ in seen)
+    assert crossed.count(1) > 8, "pairs of a batch, one at a time"
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,13 @@ def test_rewards_are_summed_by_weight_and_told_apart() -> None:
     assert first["reward"] == 2 * first["reward/close"] - 0.5 * first["reward/equal"]
 
 
+def test_what_is_solved_is_what_the_reward_for_right_answers_says() -> None:
+    number = component("objective/reward", "exact_answer").options(compare="number")
+    length = component("objective/reward", "length").options()
+    for rewards, right in (({"short": length, "right": number}, 1.0), ({"short": length}, 0.0), ({}, 0.0)):
+        assert GRPO(rewards=rewards).right(Sample("6 * 7?", "It is 42.", "42")) == right
+
+
 def test_a_reinforce_run_needs_no_group() -> None:
     run = trained("objective.group=1", "objective.baseline=none", "objective.by_deviation=false", steps=2)
     for lines in rollouts(run).values():

@@ -36,6 +36,11 @@ def said(completion: str, reference: str = "", **more: Any) -> Sample:
         ("number", "$1,234.50", "1234.5", 1),
         ("number", "42 or 43", "42", 0),
         ("number", "-3", "3", 0),
+        ("number", "from 5-10", "10", 1),
+        ("number", "5 - 3", "3", 1),
+        ("number", "1,2,3", "3", 1),
+        ("number", "-1,234,567.5", "-1234567.5", 1),
+        ("number", ".5", "0.5", 1),
         ("number", "no idea", "3", 0),
     ],
 )

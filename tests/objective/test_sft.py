@@ -203,6 +203,20 @@ def test_a_context_that_no_answer_fits_is_a_matter_of_the_data(file: Path) -> No
         train(compose(overrides(file, "model.context_length=4", "trainer.batch_tokens=8")))
 
 
+def test_new_tokens_are_never_frozen(file: Path, base: Run) -> None:
+    given = ["data/corpus=chat", f"data.corpus.path={file}", "objective=sft", f"trainer.init_from={base.identity}", "tracker=none"]
+    for more in ((), ("objective.lora_rank=2",)):
+        with pytest.raises(ConfigError, match=r"objective\.embeddings=freeze: \d+ tokens are new to this model"):
+            train(compose([*given, *more, "objective.embeddings=freeze"]))
+
+
+def test_adapters_beside_experts_are_refused(file: Path) -> None:
+    given = overrides(file, "objective.lora_rank=2")
+    with pytest.raises(ConfigError, match=r"holds the matrices of many experts.*lora_targets=\[attention\]"):
+        train(compose([*given, "model/ffn=moe"]))
+    assert train(compose([*given, "model/ffn=moe", "objective.lora_targets=[attention]", "trainer.budget=2steps"])).state == "done"
+
+
 def test_a_batch_without_a_scored_token_is_passed_over(file: Path) -> None:
     from gptlab.objective.protocol import Objective
 
