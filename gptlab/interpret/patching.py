@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from gptlab.config.errors import ConfigError
 from gptlab.interpret.activations import forward
 from gptlab.interpret.given import Model, Tokens, model_of, token_of, tokens_of
+from gptlab.interpret.heatmap import heat_map
 from gptlab.interpret.lenses import stream_names
 from gptlab.interpret.taps import Edit, Place, places, tapped
 from gptlab.model.transformer import Transformer
+from gptlab.runner.load import Loaded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +55,13 @@ class Patched:
         import pandas as pd
 
         return pd.DataFrame(self.recovered.numpy(), index=self.rows, columns=self.columns)
+
+    def draw(self, file: str | Path, *, labels: Sequence[str] | None = None) -> Path:
+        """`recovered` as a heat map, a .png, .svg or .pdf. `labels`: of the columns, as the prompt's tokens. Raises ConfigError."""
+        columns = self.columns if labels is None else list(labels)
+        if len(columns) != len(self.columns):
+            raise ConfigError(f"there are {len(columns)} labels for {len(self.columns)} columns")
+        return heat_map(self.recovered, self.rows, columns, file, title=self.measure)
 
 
 def patch(
@@ -166,8 +176,12 @@ def _measure(
         last = logits[:, -1]
         return (last.gather(-1, good[:, None]) - last.gather(-1, bad[:, None])).mean()
 
-    pair = f"token {int(good[0])} less that of token {int(bad[0])}" if len(good) == 1 else "each row's answer less that of the other run's"
+    pair = f"{_told(model, good)} less that of {_told(model, bad)}" if len(good) == 1 else "each row's answer less that of the other run's"
     return difference, f"the last position's logit of {pair}"
+
+
+def _told(model: Model, token: Int[Tensor, " b"]) -> str:
+    return repr(model.tokenizer.decode([int(token[0])])) if isinstance(model, Loaded) else f"token {int(token[0])}"
 
 
 def _by_position(

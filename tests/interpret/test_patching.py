@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -115,7 +118,7 @@ def test_answers_may_be_texts(finished_run: Run) -> None:
     e, a = (int(run.tokenizer.encode(letter)[0]) for letter in "ea")
     by_text = patch(run, "the king", "the rive", "blocks.0", answer="e", against="a")
     assert torch.equal(by_text.values, patch(run, "the king", "the rive", "blocks.0", answer=e, against=a).values)
-    assert by_text.measure == f"the last position's logit of token {e} less that of token {a}"
+    assert by_text.measure == "the last position's logit of 'e' less that of 'a'"
     assert torch.equal(attribute(run, "the king", "e", against="a").values, attribute(run, "the king", e, against=a).values)
     with pytest.raises(ConfigError, match="'king' is 4 tokens of the tokeniser char"):
         attribute(run, "the king", "king")
@@ -156,3 +159,19 @@ def test_a_gate_is_patched_at_its_positions_and_not_at_its_heads(length: int) ->
     assert found.values.shape == (2, length)
     torch.testing.assert_close(found.values[0], found.values[1], rtol=0, atol=1e-6)
     assert (found.values[0, :-1] - found.of_target).abs().max() < 1e-6, "behind the last attention no position sees another"
+
+
+def test_a_matrix_is_drawn_with_its_rows_its_labels_and_its_numbers(finished_run: Run, tmp_path: Path) -> None:
+    run = load(finished_run)
+    one, other = "the king", "the rive"
+    found = patch(run, one, other, answer="a", against="e")
+    assert found.measure == "the last position's logit of 'a' less that of 'e'"
+    drawn = found.draw(tmp_path / "patched.svg", labels=list(other))
+    seen = re.sub(r"<[^>]+>", "", re.sub(r"<!--(.*?)-->", r"\1", drawn.read_text()))
+    assert all(name in seen for name in found.rows)
+    assert f"{round(float(found.recovered[0, 4]), 2) + 0.0:.2f}".replace("-", "") in seen
+    assert found.draw(tmp_path / "patched.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"written as one of \.png, \.svg, \.pdf"):
+        found.draw(tmp_path / "patched.txt")
+    with pytest.raises(ConfigError, match="there are 3 labels for 8 columns"):
+        found.draw(tmp_path / "patched.png", labels=list("abc"))
