@@ -87,15 +87,15 @@ def chain(run: Run) -> list[Stage]:
             break
         if any(stage.run == at.identity for stage in found):
             break
+        stood = _stage(at, until)
         if branched_at:  # a branch counts on where its parent stood
-            stood = _stage(at, until)
             found[-1] = replace(
                 found[-1],
                 tokens=found[-1].tokens - stood.tokens,
                 flops=found[-1].flops - stood.flops,
                 seconds=found[-1].seconds - stood.seconds,
             )
-        found.append(_stage(at, until))
+        found.append(stood)
     return found[::-1]
 
 

@@ -127,7 +127,8 @@ class ChatWork:
 
 
 class ChatProblems:
-    """Chats as problems: all but the last message is the prompt, and that is the right answer. Held out as their corpus holds them out.
+    """Chats as problems: all but the last message is the prompt, and that is the right answer. Held out as their corpus holds them out:
+    by the first question, or by a set of its own; two chats on either side may end with the same one.
 
     One whose prompt and answer together are longer than the `context` is passed over.
     """

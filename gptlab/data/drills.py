@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from functools import cache
 from random import Random
 from typing import Any, Literal
 
@@ -110,8 +109,10 @@ class Drills(ChatCorpus):
         unknown = [skill for skill in skills if skill not in SKILLS]
         if unknown:
             raise ConfigError(f"data.corpus.skills: {unknown[0]!r} is not one of {', '.join(SKILLS)}")
-        if chats < 1 or largest < LEAST:
-            raise ConfigError(f"data.corpus: chats={chats} must be at least 1 and largest={largest} at least {LEAST}")
+        if chats < 1:
+            raise ConfigError(f"data.corpus.chats={chats} must be at least 1")
+        if largest < LEAST:
+            raise ConfigError(f"data.corpus.largest={largest} must be at least {LEAST}: of fewer numbers no pair might be held out")
         if turns < 1:
             raise ConfigError(f"data.corpus.turns={turns} must be at least 1")
         self.language, self.chats, self.skills, self.largest = language, chats, tuple(skills) or SKILLS, largest
@@ -153,7 +154,6 @@ class Drills(ChatCorpus):
         return [Message("user", draw.choice(asked).format(**told)), Message(ANSWERS, put.format(**told))]
 
 
-@cache
 def kept_back(a: int, b: int) -> bool:
     """Whether two numbers are added and compared in held-out chats alone, in whichever order."""
     drawn = hashlib.sha256(f"{min(a, b)} {max(a, b)}".encode()).digest()

@@ -24,7 +24,7 @@ def heat_map(values: Float[Tensor, "r c"], rows: Sequence[str], columns: Sequenc
         raise ConfigError(f"{where}: a heat map is written as one of {', '.join(FORMATS)}")
     most = max(1.0, float(values.abs().max().nan_to_num(1.0)))
     numbers = len(columns) <= WRITTEN
-    wide = max(CELL * (1.6 if numbers else 1.0), 0.075 * max(map(len, columns)) if len(columns) == 1 else 0.0)
+    wide = CELL * (1.6 if numbers else 1.0)
     figure = Figure(figsize=(min(MOST, 3.2 + wide * len(columns)), min(MOST, 1.8 + CELL * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     drawn = axes.imshow(values.cpu().numpy(), cmap="PuOr", vmin=-most, vmax=most, aspect="auto")

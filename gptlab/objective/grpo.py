@@ -18,6 +18,7 @@ from gptlab.config.slots import Reward as RewardSlot
 from gptlab.data.loader import Batch
 from gptlab.data.problems import Problems, problems_of
 from gptlab.hardware.precision import autocast
+from gptlab.model.mode import evaluating
 from gptlab.model.transformer import Transformer
 from gptlab.objective.advantage import (
     Baseline,
@@ -292,16 +293,14 @@ class GRPO(Objective):
     @torch.no_grad()
     def _likelihoods(self, training: Training, model: Transformer, batch: Batch) -> Float[Tensor, "b t"]:
         """The log-probability of each target, by the forward pass that training makes: in its micro-batches and number format."""
-        was_training = model.training
-        model.eval()
         found = []
-        for part in batch.split(int(training.config.hardware.micro_batch)):
-            part = part.to(training.device)
-            with autocast(training.device, training.config.hardware.precision):
-                logits = model(part.inputs, document=part.document)
-            here = _chosen(logits.float() / self.temperature, part.targets).cpu()
-            found.append(F.pad(here, (0, batch.targets.shape[1] - here.shape[1])))
-        model.train(was_training)
+        with evaluating(model):
+            for part in batch.split(int(training.config.hardware.micro_batch)):
+                part = part.to(training.device)
+                with autocast(training.device, training.config.hardware.precision):
+                    logits = model(part.inputs, document=part.document)
+                here = _chosen(logits.float() / self.temperature, part.targets).cpu()
+                found.append(F.pad(here, (0, batch.targets.shape[1] - here.shape[1])))
         return torch.cat(found)
 
 

@@ -125,7 +125,7 @@ def test_chats_are_problems_whose_held_out_ones_are_never_learned_from() -> None
         ({"skills": ("sing",)}, r"data\.corpus\.skills: 'sing' is not one of add"),
         ({"chats": 0}, "chats=0"),
         ({"turns": 0}, "turns=0"),
-        ({"largest": 7}, "largest=7 at least 8"),
+        ({"largest": 7}, r"data\.corpus\.largest=7 must be at least 8"),
     ],
 )
 def test_what_means_nothing_is_refused(options: dict[str, object], why: str) -> None:
